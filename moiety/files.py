@@ -1,0 +1,116 @@
+"""Files and folders that are either complete or absent: write beside, fsync, rename."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moiety.errors import InputError, OutputError
+
+
+def sync(path: Path) -> None:
+    """Flush one file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Give a scratch folder beside `final` that takes its name when the block ends without error.
+
+    Raises OutputError when `final` exists and is not empty, or its parent cannot be written.
+    """
+    check_new_folder(final)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        for path in scratch.rglob("*"):
+            sync(path)
+        if final.exists():
+            final.rmdir()
+        scratch.rename(final)
+        sync(final.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_new_folder(final: Path) -> None:
+    """Raise OutputError unless `final` can be made: absent or empty, parent writable."""
+    if final.is_dir() and any(final.iterdir()):
+        raise OutputError(
+            f"expected {final} to be absent or empty, but it holds files; "
+            "choose another output folder or remove it first"
+        )
+    if final.exists() and not final.is_dir():
+        raise OutputError(f"expected {final} to be a folder, but it is a file; choose another name")
+    check_writable(final.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` if need be and raise OutputError unless a file can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"expected to be able to write in {folder}, but: {error.strerror or error}; "
+            "choose another output folder or change its permissions"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `path` in one step: a reader sees the old file or the whole new one."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    scratch = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.chmod(0o644)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON in one step."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raises InputError that names the file when it is absent or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"expected a JSON file at {path}, but there is none") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"expected JSON in {path}, but: {error}") from error
+
+
+def digest(value: Any) -> str:
+    """Name a JSON-like value by its content: 16 hexadecimal digits of SHA-256."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def digest_of_file(path: Path) -> str:
+    """Name a file by its content: 16 hexadecimal digits of SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def digest_of_folder(folder: Path) -> str:
+    """Name a folder by the relative names and contents of all its files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return digest({str(path.relative_to(folder)): digest_of_file(path) for path in files})

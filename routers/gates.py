@@ -1,0 +1,160 @@
+"""The gates of any stock mixture of experts: find them, watch them, override them.
+
+T tokens (batch and sequence flattened, padding included), D model width, E experts,
+A active experts (routes of one token).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moiety.errors import InputError
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One router of a model: its module, where it stands and how many experts it chooses from.
+
+    `layer` counts the routed layers from 0; a model with dense layers between has fewer gates
+    than decoder layers. `module(hidden_TD)` gives `(logits_TE, weights_TA, experts_TA)`.
+    """
+
+    name: str
+    layer: int
+    module: nn.Module
+    experts: int
+    active: int
+
+
+@dataclass(frozen=True)
+class Route:
+    """What one gate did with one batch of tokens."""
+
+    layer: int
+    hidden_TD: Tensor
+    logits_TE: Tensor
+    weights_TA: Tensor
+    experts_TA: Tensor
+
+
+RoutePolicy = Callable[[Gate, Tensor], tuple[Tensor, Tensor]]
+"""`(gate, logits_TE) -> (weights_TA, experts_TA)`, A free to differ from the gate's own."""
+
+
+def find_gates(model: nn.Module) -> list[Gate]:
+    """The gates of a model in layer order.
+
+    A gate is the child `gate` (or `router`) of a module that also has a child `experts`, as in
+    Mixtral, Qwen-MoE, OLMoE and DeepSeek. Raises InputError when there is none.
+    """
+    gates: list[Gate] = []
+    for name, block in model.named_modules():
+        for child in ("gate", "router"):
+            module = getattr(block, child, None)
+            if isinstance(module, nn.Module) and isinstance(
+                getattr(block, "experts", None), nn.Module
+            ):
+                gates.append(_gate(f"{name}.{child}", len(gates), module, block))
+                break
+    if not gates:
+        raise InputError(
+            f"expected a mixture of experts, but {type(model).__name__} has no gates; "
+            "pass a composite or another MoE model"
+        )
+    return gates
+
+
+def _gate(name: str, layer: int, module: nn.Module, block: nn.Module) -> Gate:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise InputError(
+            f"expected {name} to be a gate with a weight of shape (experts, width), "
+            f"but {type(module).__name__} has none"
+        )
+    active = getattr(module, "top_k", getattr(block, "top_k", 1))
+    return Gate(name, layer, module, weight.shape[0], int(active))
+
+
+@contextlib.contextmanager
+def watched(gates: Sequence[Gate], listener: Callable[[Route], None]) -> Iterator[None]:
+    """Call `listener` with every route that the gates choose inside the block."""
+
+    def hook(gate: Gate) -> Callable[..., None]:
+        def listen(_module: nn.Module, inputs: tuple[Tensor, ...], outputs: Any) -> None:
+            logits_TE, weights_TA, experts_TA = outputs
+            hidden_TD = inputs[0].reshape(-1, inputs[0].shape[-1])
+            listener(Route(gate.layer, hidden_TD, logits_TE, weights_TA, experts_TA))
+
+        return listen
+
+    handles = [gate.module.register_forward_hook(hook(gate)) for gate in gates]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def forced(gates: Sequence[Gate], policy: RoutePolicy) -> Iterator[None]:
+    """Let `policy` choose the routes inside the block, whatever the gates say.
+
+    Watchers entered inside this block see the forced routes.
+    """
+
+    def hook(gate: Gate) -> Callable[..., Any]:
+        def force(_module: nn.Module, _inputs: tuple[Tensor, ...], outputs: Any) -> Any:
+            logits_TE, weights_TA, _experts_TA = outputs
+            new_weights_TA, new_experts_TA = policy(gate, logits_TE)
+            return logits_TE, new_weights_TA.to(weights_TA.dtype), new_experts_TA
+
+        return force
+
+    handles = [gate.module.register_forward_hook(hook(gate)) for gate in gates]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def one_hot(expert: int) -> RoutePolicy:
+    """Send every token to one expert: the oracle route when the tokens are of its domain."""
+
+    def policy(gate: Gate, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        if not 0 <= expert < gate.experts:
+            raise InputError(f"expert must be in 0..{gate.experts - 1}, but it is {expert}")
+        shape = (logits_TE.shape[0], 1)
+        return (
+            torch.ones(shape, device=logits_TE.device),
+            torch.full(shape, expert, dtype=torch.int64, device=logits_TE.device),
+        )
+
+    return policy
+
+
+def uniform() -> RoutePolicy:
+    """Send every token to all experts with equal weight."""
+
+    def policy(gate: Gate, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, experts = logits_TE.shape[0], gate.experts
+        experts_TA = torch.arange(experts, device=logits_TE.device).expand(tokens, experts)
+        return torch.full((tokens, experts), 1 / experts, device=logits_TE.device), experts_TA
+
+    return policy
+
+
+def random(seed: int) -> RoutePolicy:
+    """Send every token to as many experts as the gate would, drawn at random, equal weights."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def policy(gate: Gate, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        noise_TE = torch.rand((logits_TE.shape[0], gate.experts), generator=generator)
+        experts_TA = noise_TE.topk(gate.active, dim=-1).indices.to(logits_TE.device)
+        return torch.full(experts_TA.shape, 1 / gate.active, device=logits_TE.device), experts_TA
+
+    return policy

@@ -1,0 +1,1 @@
+../../moiety/__init__.py

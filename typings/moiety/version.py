@@ -1,0 +1,1 @@
+../../moiety/version.py
