@@ -1,6 +1,7 @@
 """Files and folders that are either complete or absent: write beside, fsync, rename."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -29,7 +30,8 @@ def new_folder(final: Path) -> Iterator[Path]:
     Raises OutputError when `final` exists and is not empty, or its parent cannot be written.
     """
     check_new_folder(final)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    _remove_leftovers(final)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.{os.getpid()}.", dir=final.parent))
     try:
         yield scratch
         scratch.chmod(0o755)
@@ -41,6 +43,24 @@ def new_folder(final: Path) -> Iterator[Path]:
         sync(final.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove_leftovers(final: Path) -> None:
+    """Remove the scratch folders of runs that were killed while they made `final`."""
+    for scratch in final.parent.glob(f".{glob.escape(final.name)}.*.*"):
+        owner = scratch.name.removeprefix(f".{final.name}.").partition(".")[0]
+        if owner.isdigit() and not _alive(int(owner)):
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def check_new_folder(final: Path) -> None:

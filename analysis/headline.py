@@ -1,0 +1,140 @@
+"""The answer in sentences: do experts specialise, where, and what does routing cost or gain?
+
+Every sentence carries its numbers, and says so when the evidence is not there.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moiety.analysis.statistics import RoutingSummary
+from moiety.analysis.tables import mean_over, section, size
+from moiety.analysis.visible import visible_line
+
+LEVEL = 0.05
+STRONG, WEAK = 0.5, 0.1
+CLEAR = 0.001
+
+
+def verdict(summary: RoutingSummary) -> str:
+    """One line: whether experts specialise by domain, and how much."""
+    null, test = summary.test.overall, summary.test
+    if len(summary.header.domains) < 2:
+        return "One domain only: nothing to compare"
+    if test.smallest_p > LEVEL:
+        return "Too few documents to tell whether experts specialise by domain"
+    if null.p_value > LEVEL:
+        return "No evidence that experts specialise by domain"
+    excess = null.observed - null.mean
+    degree = "strongly " if excess > STRONG else "weakly " if excess < WEAK else ""
+    return f"Experts specialise {degree}by domain"
+
+
+def findings(summary: RoutingSummary, results: Mapping[str, Any]) -> list[str]:
+    """The argument, a sentence or two each: evidence, own domain, where, cost, bytes."""
+    sentences = [
+        _evidence(summary),
+        _own_domain(summary),
+        _where(summary),
+        _cost(results),
+        _bytes(results),
+    ]
+    return [sentence for sentence in sentences if sentence]
+
+
+def _evidence(summary: RoutingSummary) -> str:
+    if len(summary.header.domains) < 2:
+        return ""
+    null, test = summary.test.overall, summary.test
+    documents = sum(summary.header.documents.values())
+    sentence = (
+        f"Top-1 expert and domain share a normalised mutual information of {null.observed:.3f}. "
+        f"Relabelling the {documents:,} documents at random gives {null.mean:.3f} on average and "
+        f"at most {null.quantile_95:.3f} in 95 % of {test.permutations:,} permutations "
+        f"(p = {null.p_value:.2g})."
+    )
+    if test.smallest_p > LEVEL:
+        sentence += f" So few documents cannot give less than p = {test.smallest_p:.2g}."
+    return sentence
+
+
+def _own_domain(summary: RoutingSummary) -> str:
+    own = summary.own_domain_share
+    if not own:
+        return "No domain has an expert of its name, so there is no own-domain share to report."
+    mean = sum(own.values()) / len(own)
+    low, high = min(own, key=own.__getitem__), max(own, key=own.__getitem__)
+    sentence = (
+        f"A token goes first to its own domain's expert {mean:.0%} of the time; "
+        f"chance is {1 / len(summary.header.experts):.0%}."
+    )
+    if low != high:
+        sentence += (
+            f" It ranges from {own[low]:.0%} for {visible_line(low)} "
+            f"to {own[high]:.0%} for {visible_line(high)}."
+        )
+    return sentence
+
+
+def _where(summary: RoutingSummary) -> str:
+    layers = summary.test.layers
+    if len(layers) < 2 or len(summary.header.domains) < 2:
+        return ""
+    values = [null.observed for null in layers]
+    best, worst = values.index(max(values)), values.index(min(values))
+    passed = sum(p <= LEVEL for p in summary.test.adjusted_L)
+    return (
+        f"Routing follows the domain most in layer {best} ({values[best]:.3f}) and least in "
+        f"layer {worst} ({values[worst]:.3f}); {passed} of {len(layers)} layers exceed chance at "
+        "a false discovery rate of 5 %."
+    )
+
+
+def _cost(results: Mapping[str, Any]) -> str:
+    learned, oracle, uniform = _means(results, ("composite", "oracle", "uniform"))
+    if learned is None or (oracle is None and uniform is None):
+        return ""
+    parts = [f"The learned router costs {learned:.3f} nats per token, mean over domains"]
+    if oracle is not None:
+        parts.append(f"always taking the own-domain expert (oracle) costs {oracle:.3f}")
+    if uniform is not None:
+        parts.append(f"equal weights on all experts cost {uniform:.3f}")
+    sentence = "; ".join(parts) + "."
+    if oracle is None or uniform is None:
+        return sentence
+    return f"{sentence} {_gap(learned, oracle, uniform)}"
+
+
+def _gap(learned: float, oracle: float, uniform: float) -> str:
+    if uniform - oracle < CLEAR:
+        return (
+            "The oracle is no better than equal weights, so there is no gap for a router to close."
+        )
+    closed = (uniform - learned) / (uniform - oracle)
+    if closed < 0:
+        return "The learned router is worse than equal weights."
+    if closed > 1:
+        return "The learned router does better than the oracle: mixing experts pays."
+    return f"The router closes {closed:.0%} of the gap between the two."
+
+
+def _bytes(results: Mapping[str, Any]) -> str:
+    sizes = section(results, "bytes")
+    sparse, dense = sizes.get("composite"), sizes.get("dense_composite")
+    if not sparse or not dense:
+        return ""
+    sentence = (
+        f"The composite weighs {size(sparse)}, {sparse / dense:.0%} of the {size(dense)} "
+        "of the same composite with dense experts"
+    )
+    sparse_loss, dense_loss = _means(results, ("composite", "composite_dense"))
+    if sparse_loss is None or dense_loss is None:
+        return f"{sentence}."
+    change = sparse_loss - dense_loss
+    more = "more" if change >= 0 else "less"
+    return f"{sentence}, at a loss {abs(change):.3f} nats per token {more}."
+
+
+def _means(results: Mapping[str, Any], rows: Sequence[str]) -> list[float | None]:
+    losses = section(results, "loss")
+    present = dict.fromkeys(domain for key in losses for domain in section(losses, key))
+    return [mean_over(section(losses, row), list(present)) for row in rows]

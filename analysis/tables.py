@@ -1,0 +1,219 @@
+"""The tables of a report, the same in a terminal and in a browser."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from moiety.analysis.statistics import RoutingSummary
+from moiety.analysis.visible import visible_line
+from moiety.errors import InputError
+
+ABSENT = "–"
+
+ROWS = {
+    "base": "base (dense)",
+    "finetune": "each finetune, own domain (dense)",
+    "expert": "each sparse expert, own domain",
+    "soup": "uniform soup of the finetunes (dense)",
+    "task_arithmetic": "task arithmetic (dense)",
+    "composite_dense": "composite of dense experts, learned router",
+    "composite": "composite, learned router",
+    "uniform": "composite, uniform route",
+    "random": "composite, random route",
+    "oracle": "composite, oracle route (own-domain expert)",
+}
+MEASURES = {
+    "loss": ("Loss, nats per token", "{:.3f}"),
+    "bits_per_byte": ("Bits per byte", "{:.3f}"),
+    "accuracy": ("Accuracy", "{:.1%}"),
+}
+SIZES = {
+    "dense_composite": "composite of dense experts",
+    "composite": "composite, sparse experts",
+    "experts_dense": "expert matrices alone, dense",
+    "experts_packed": "expert matrices alone, packed",
+}
+DENSE_OF = {"composite": "dense_composite", "experts_packed": "experts_dense"}
+SPEED_OF = {"dense_composite": "composite_dense"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A title, column heads, rows of strings (the first cell names the row) and a note."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def to_rich(self) -> RichTable:
+        """For a terminal: numbers to the right, markup and control characters shown as text."""
+        table = RichTable(title=self.title, caption=self.note or None, title_justify="left")
+        for index, name in enumerate(self.columns):
+            table.add_column(_text(name), justify="right" if index else "left")
+        for row in self.rows:
+            table.add_row(*(_text(cell) for cell in row))
+        return table
+
+
+def controls_table(results: Mapping[str, Any], measure: str = "loss") -> Table:
+    """One measure of every model and route for every domain, with the mean over domains.
+
+    `measure` is `loss` (nats per token), `bits_per_byte` or `accuracy`. A row has a mean only
+    when it covers every domain: means over different domains do not compare. Raises InputError
+    for another measure, or a value that is not a number.
+    """
+    if measure not in MEASURES:
+        raise InputError(f"measure must be one of {tuple(MEASURES)}, but it is {measure!r}")
+    title, form = MEASURES[measure]
+    values = section(results, measure)
+    if measure == "accuracy":
+        values = _turned(values)
+    domains = _domains(results, values)
+    rows = tuple(
+        (label, *_row(section(values, key), domains, form, f"{measure}.{key}"))
+        for key, label in _labelled(values, ROWS)
+    )
+    context = results.get("context_length")
+    note = "" if context is None else f"Context length {context} tokens."
+    return Table(
+        title=title,
+        columns=("model and route", *domains, "mean"),
+        rows=rows,
+        note=visible_line(note),
+    )
+
+
+def resources_table(results: Mapping[str, Any]) -> Table:
+    """Bytes of weights and tokens per second of the composite and its dense twin."""
+    sizes, speeds = section(results, "bytes"), section(results, "tokens_per_second")
+    rows = [(label, *_resources(key, sizes, speeds)) for key, label in _labelled(sizes, SIZES)]
+    told = {SPEED_OF.get(key, key) for key in sizes}
+    rows += [
+        (label, ABSENT, ABSENT, *_speed(speeds, key))
+        for key, label in _labelled(speeds, ROWS)
+        if key not in told
+    ]
+    device = visible_line(str(results.get("device", "")))
+    return Table(
+        title="Bytes and speed",
+        columns=("", "weights", "of dense", "prefill tokens/s", "decode tokens/s"),
+        rows=tuple(rows),
+        note=f"Measured on {device}." if device else "",
+    )
+
+
+def routing_table(summary: RoutingSummary) -> Table:
+    """For each domain of a trace: its size, loss, favourite expert and own-domain share."""
+    header, own = summary.header, summary.own_domain_share
+    rows = []
+    for row, domain in enumerate(header.domains):
+        weights_E = summary.share_DLE[row].mean(0)
+        best = int(weights_E.argmax())
+        rows.append(
+            (
+                visible_line(domain),
+                f"{header.documents[domain]:,}",
+                f"{header.tokens[domain]:,}",
+                number(float(summary.loss_D[row]), "{:.3f}", f"loss of {domain}"),
+                f"{visible_line(header.experts[best])} ({weights_E[best]:.0%})",
+                f"{own[domain]:.1%}" if domain in own else ABSENT,
+            )
+        )
+    return Table(
+        title="Routing by domain",
+        columns=(
+            "domain",
+            "documents",
+            "tokens",
+            "loss, nats per token",
+            "most weight to",
+            "first to own expert",
+        ),  # fmt: skip
+        rows=tuple(rows),
+        note=f"Means over {len(header.layers)} layers. Chance is {1 / len(header.experts):.1%}.",
+    )
+
+
+def section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of results, empty when absent; raises InputError when it is not a mapping."""
+    part = values.get(name, {})
+    if not isinstance(part, Mapping):
+        raise InputError(f"results: {name} must be a mapping, but it is {type(part).__name__}")
+    return part
+
+
+def number(value: Any, form: str, name: str) -> str:
+    """Format a value; absent and not-a-number give a dash, anything else raises InputError."""
+    if value is None:
+        return ABSENT
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"results: {name} must be a number, but it is {value!r}")
+    return form.format(value) if math.isfinite(value) else ABSENT
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: 1.53 GB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def mean_over(row: Mapping[str, Any], domains: Sequence[str]) -> float | None:
+    """Mean over all domains; none when one is missing."""
+    values = [row.get(domain) for domain in domains]
+    known = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _turned(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Accuracy comes as task -> row -> value: give row -> task -> value."""
+    turned: dict[str, dict[str, Any]] = {}
+    for task in values:
+        for row, value in section(values, task).items():
+            turned.setdefault(row, {})[task] = value
+    return turned
+
+
+def _domains(results: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str, ...]:
+    used = dict.fromkeys(domain for key in values for domain in section(values, key))
+    named = [str(name) for name in results.get("domains", ())]
+    return tuple(name for name in dict.fromkeys([*named, *used]) if name in used)
+
+
+def _labelled(values: Iterable[str], labels: Mapping[str, str]) -> list[tuple[str, str]]:
+    present = list(values)
+    known = [(key, label) for key, label in labels.items() if key in present]
+    other = [(key, visible_line(key.replace("_", " "))) for key in present if key not in labels]
+    return known + other
+
+
+def _row(values: Mapping[str, Any], domains: Sequence[str], form: str, name: str) -> list[str]:
+    cells = [number(values.get(domain), form, f"{name}.{domain}") for domain in domains]
+    return [*cells, number(mean_over(values, domains), form, name)]
+
+
+def _resources(
+    key: str, sizes: Mapping[str, Any], speeds: Mapping[str, Any]
+) -> tuple[str, str, str, str]:
+    stored, dense = sizes.get(key), sizes.get(DENSE_OF.get(key, ""))
+    number(stored, "{}", f"bytes.{key}")
+    number(dense, "{}", f"bytes.{DENSE_OF.get(key)}")
+    ratio = f"{stored / dense:.0%}" if stored and dense else ABSENT
+    return (size(stored) if stored else ABSENT, ratio, *_speed(speeds, SPEED_OF.get(key, key)))
+
+
+def _speed(speeds: Mapping[str, Any], key: str) -> tuple[str, str]:
+    row = section(speeds, key)
+    prefill = number(row.get("prefill"), "{:,.0f}", f"tokens_per_second.{key}.prefill")
+    decode = number(row.get("decode"), "{:,.1f}", f"tokens_per_second.{key}.decode")
+    return prefill, decode
+
+
+def _text(cell: str) -> Text:
+    return Text(visible_line(cell))

@@ -1,0 +1,187 @@
+"""Plain PyTorch versions of every sparse op: the specification that faster kernels must match.
+
+A packed matrix is `values_OK` (the kept weights of each row in column order) and `mask_OB`
+(one bit a column, eight columns a byte, lowest bit first; bits past the last column are 0).
+
+T tokens, D model width, F expert width, E experts, A active experts, O/I out/in features,
+K kept values a row, B mask bytes a row.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional
+
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+
+
+@functools.cache
+def _bits_of_bytes(device: torch.device) -> Tensor:
+    """Row b holds the eight bits of byte b as eight booleans, viewed as one int64 for one lookup."""
+    byte = torch.arange(256, device=device)
+    bits = byte[:, None] >> torch.arange(8, device=device) & 1
+    return bits.bool().view(torch.int64).reshape(-1)
+
+
+def unpack_bits(mask_OB: Tensor, in_features: int) -> Tensor:
+    """Boolean mask (..., in_features) of packed bits (..., bytes)."""
+    eights = _bits_of_bytes(mask_OB.device).index_select(0, mask_OB.reshape(-1).int())
+    bits = eights.view(torch.bool).reshape(*mask_OB.shape[:-1], -1)
+    return bits[..., :in_features]
+
+
+def pack_bits(mask_OI: Tensor) -> Tensor:
+    """Packed bits (..., ceil(columns / 8)) of a boolean mask, lowest bit first."""
+    padded = functional.pad(mask_OI.to(torch.uint8), (0, -mask_OI.shape[-1] % 8))
+    eights = rearrange(padded, "... (b eight) -> ... b eight", eight=8)
+    power = 1 << torch.arange(8, device=mask_OI.device, dtype=torch.uint8)
+    return (eights * power).sum(-1, dtype=torch.uint8)
+
+
+def expand(values_OK: Tensor, mask_OB: Tensor, in_features: int) -> Tensor:
+    """The dense matrix (..., O, in_features) of a packed one, zeros where nothing is kept."""
+    mask_OI = unpack_bits(mask_OB, in_features)
+    dense_OI = values_OK.new_zeros(mask_OI.shape)
+    return dense_OI.masked_scatter_(mask_OI, values_OK)
+
+
+def sparse_linear(
+    input_TI: Tensor, values_OK: Tensor, mask_OB: Tensor, in_features: int
+) -> Tensor:
+    """`input @ weightᵀ` for a packed weight, in the input's dtype."""
+    weight_OI = expand(values_OK, mask_OB, in_features).to(input_TI.dtype)
+    return functional.linear(input_TI, weight_OI)
+
+
+def sparse_linear_backward(
+    gradient_TO: Tensor, values_OK: Tensor, mask_OB: Tensor, in_features: int
+) -> Tensor:
+    """Gradient of `sparse_linear` with respect to its input (the weight is frozen)."""
+    return gradient_TO @ expand(values_OK, mask_OB, in_features).to(gradient_TO.dtype)
+
+
+@dataclass(frozen=True)
+class _Routed:
+    """The tokens of one expert, gathered, with its expanded matrices."""
+
+    token_N: Tensor
+    slot_N: Tensor
+    hidden_ND: Tensor
+    gate_up_HD: Tensor
+    down_DF: Tensor
+
+
+def _routed(
+    hidden_TD: Tensor,
+    gate_up_values: Tensor,
+    gate_up_mask: Tensor,
+    down_values: Tensor,
+    down_mask: Tensor,
+    experts_TA: Tensor,
+) -> Iterator[_Routed]:
+    """Each expert that has tokens; an index outside the stored experts is skipped."""
+    width = gate_up_values.shape[1] // 2
+    for expert in range(gate_up_values.shape[0]):
+        token_N, slot_N = torch.where(experts_TA == expert)
+        if not len(token_N):
+            continue
+        gate_up_HD = expand(gate_up_values[expert], gate_up_mask[expert], hidden_TD.shape[1])
+        down_DF = expand(down_values[expert], down_mask[expert], width)
+        yield _Routed(
+            token_N,
+            slot_N,
+            hidden_TD[token_N],
+            gate_up_HD.to(hidden_TD.dtype),
+            down_DF.to(hidden_TD.dtype),
+        )
+
+
+def sparse_experts(
+    hidden_TD: Tensor,
+    gate_up_values: Tensor,
+    gate_up_mask: Tensor,
+    down_values: Tensor,
+    down_mask: Tensor,
+    experts_TA: Tensor,
+    weights_TA: Tensor,
+    activation: str,
+) -> Tensor:
+    """Weighted sum of each token's gated experts: `Σ_a w_a · down_a(act(gate_a x) ⊙ up_a x)`.
+
+    `gate_up_values` (E, 2F, K) stacks gate above up, `down_values` (E, D, K). An index in
+    `experts_TA` that is no stored expert contributes nothing (expert parallelism's sentinel).
+    """
+    output_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
+    packed = (gate_up_values, gate_up_mask, down_values, down_mask)
+    for part in _routed(hidden_TD, *packed, experts_TA):
+        gate_NF, up_NF = functional.linear(part.hidden_ND, part.gate_up_HD).chunk(2, dim=-1)
+        inner_NF = activate(gate_NF, activation) * up_NF
+        result_ND = functional.linear(inner_NF, part.down_DF)
+        weight_N = weights_TA[part.token_N, part.slot_N].float()
+        output_TD.index_add_(0, part.token_N, result_ND.float() * weight_N[:, None])
+    return output_TD.to(hidden_TD.dtype)
+
+
+def sparse_experts_backward(
+    gradient_TD: Tensor,
+    hidden_TD: Tensor,
+    gate_up_values: Tensor,
+    gate_up_mask: Tensor,
+    down_values: Tensor,
+    down_mask: Tensor,
+    experts_TA: Tensor,
+    weights_TA: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `sparse_experts` with respect to `hidden_TD` and `weights_TA`.
+
+    Activations are computed again instead of kept, so nothing dense outlives the call.
+    """
+    d_hidden_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
+    d_weights_TA = torch.zeros_like(weights_TA)
+    packed = (gate_up_values, gate_up_mask, down_values, down_mask)
+    for part in _routed(hidden_TD, *packed, experts_TA):
+        gate_NF, up_NF = functional.linear(part.hidden_ND, part.gate_up_HD).chunk(2, dim=-1)
+        active_NF = activate(gate_NF, activation)
+        d_result_ND = gradient_TD[part.token_N]
+        d_inner_NF = d_result_ND @ part.down_DF
+        d_weight_N = (d_inner_NF * active_NF * up_NF).sum(-1)
+        d_weights_TA[part.token_N, part.slot_N] = d_weight_N.to(weights_TA.dtype)
+        d_inner_NF = d_inner_NF * weights_TA[part.token_N, part.slot_N, None].to(d_inner_NF.dtype)
+        d_gate_NF = activation_gradient(d_inner_NF * up_NF, gate_NF, activation)
+        d_both_NH = torch.cat([d_gate_NF, d_inner_NF * active_NF], dim=-1)
+        d_hidden_TD.index_add_(0, part.token_N, (d_both_NH @ part.gate_up_HD).float())
+    return d_hidden_TD.to(hidden_TD.dtype), d_weights_TA
+
+
+def activate(gate_NF: Tensor, activation: str) -> Tensor:
+    """The expert's activation function by its name in a transformers configuration."""
+    match activation:
+        case "silu":
+            return functional.silu(gate_NF)
+        case "gelu":
+            return functional.gelu(gate_NF)
+        case "gelu_pytorch_tanh":
+            return functional.gelu(gate_NF, approximate="tanh")
+        case "relu":
+            return functional.relu(gate_NF)
+    raise ValueError(f"activation must be one of {ACTIVATIONS}, but it is {activation!r}")
+
+
+def activation_gradient(gradient_NF: Tensor, gate_NF: Tensor, activation: str) -> Tensor:
+    """The gradient with respect to the activation's input."""
+    aten = torch.ops.aten
+    match activation:
+        case "silu":
+            return aten.silu_backward(gradient_NF, gate_NF)
+        case "gelu":
+            return aten.gelu_backward(gradient_NF, gate_NF)
+        case "gelu_pytorch_tanh":
+            return aten.gelu_backward(gradient_NF, gate_NF, approximate="tanh")
+        case "relu":
+            return gradient_NF * (gate_NF > 0)
+    raise ValueError(f"activation must be one of {ACTIVATIONS}, but it is {activation!r}")
