@@ -41,6 +41,28 @@ def findings(summary: RoutingSummary, results: Mapping[str, Any]) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
+def key_figures(summary: RoutingSummary, results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The few numbers to remember, each with what to compare it to."""
+    null, own = summary.test.overall, summary.own_domain_share
+    figures = [
+        (f"{null.observed:.2f}", f"normalised mutual information; chance {null.mean:.2f}"),
+    ]
+    if own:
+        chance = 1 / len(summary.header.experts)
+        share = sum(own.values()) / len(own)
+        figures.append(
+            (f"{share:.0%}", f"of tokens first to their own expert; chance {chance:.0%}")
+        )
+    learned, oracle = _means(results, ("composite", "oracle"))
+    if learned is not None and oracle is not None:
+        figures.append((f"{learned:.3f}", f"nats per token, learned router; oracle {oracle:.3f}"))
+    sizes = section(results, "bytes")
+    sparse, dense = sizes.get("composite"), sizes.get("dense_composite")
+    if sparse and dense:
+        figures.append((f"{sparse / dense:.0%}", f"of the dense composite's {size(dense)}"))
+    return figures
+
+
 def _evidence(summary: RoutingSummary) -> str:
     if len(summary.header.domains) < 2:
         return ""
@@ -49,7 +71,7 @@ def _evidence(summary: RoutingSummary) -> str:
     sentence = (
         f"Top-1 expert and domain share a normalised mutual information of {null.observed:.3f}. "
         f"Relabelling the {documents:,} documents at random gives {null.mean:.3f} on average and "
-        f"at most {null.quantile_95:.3f} in 95 % of {test.permutations:,} permutations "
+        f"at most {null.quantile_95:.3f} in 95% of {test.permutations:,} permutations "
         f"(p = {null.p_value:.2g})."
     )
     if test.smallest_p > LEVEL:
@@ -85,7 +107,7 @@ def _where(summary: RoutingSummary) -> str:
     return (
         f"Routing follows the domain most in layer {best} ({values[best]:.3f}) and least in "
         f"layer {worst} ({values[worst]:.3f}); {passed} of {len(layers)} layers exceed chance at "
-        "a false discovery rate of 5 %."
+        "a false discovery rate of 5%."
     )
 
 

@@ -12,7 +12,7 @@ from moiety.analysis.statistics import RoutingSummary
 from moiety.analysis.visible import visible_line
 from moiety.errors import InputError
 
-ABSENT = "–"
+ABSENT = "\N{EN DASH}"
 
 ROWS = {
     "base": "base (dense)",
@@ -74,16 +74,18 @@ def controls_table(results: Mapping[str, Any], measure: str = "loss") -> Table:
     if measure == "accuracy":
         values = _turned(values)
     domains = _domains(results, values)
-    rows = tuple(
+    rows = [
         (label, *_row(section(values, key), domains, form, f"{measure}.{key}"))
         for key, label in _labelled(values, ROWS)
-    )
+    ]
+    columns = ("model and route", *(visible_line(name) for name in domains), "mean")
+    shown = len(columns) if len(domains) > 1 else 2
     context = results.get("context_length")
     note = "" if context is None else f"Context length {context} tokens."
     return Table(
         title=title,
-        columns=("model and route", *domains, "mean"),
-        rows=rows,
+        columns=columns[:shown],
+        rows=tuple(row[:shown] for row in rows),
         note=visible_line(note),
     )
 
@@ -133,10 +135,31 @@ def routing_table(summary: RoutingSummary) -> Table:
             "loss, nats per token",
             "most weight to",
             "first to own expert",
-        ),  # fmt: skip
+        ),
         rows=tuple(rows),
         note=f"Means over {len(header.layers)} layers. Chance is {1 / len(header.experts):.1%}.",
     )
+
+
+def layer_table(summary: RoutingSummary) -> Table:
+    """For each layer: information against its null, balance, entropy and own-domain share."""
+    rows = []
+    for layer, null in enumerate(summary.test.layers):
+        own_D = summary.own_share_DL[:, layer]
+        own = float(own_D[list(map(summary.header.domains.index, summary.own_expert))].mean())
+        rows.append(
+            (
+                str(layer),
+                f"{null.observed:.3f}",
+                f"{null.quantile_95:.3f}",
+                f"{summary.test.adjusted_L[layer]:.3f}",
+                number(own, "{:.1%}", "own-domain share"),
+                f"{summary.max_violation_L[layer]:.2f}",
+                f"{summary.entropy_DL[:, layer].mean():.2f}",
+            )
+        )
+    columns = ("layer", "NMI", "null, 95%", "adjusted p", "first to own expert", "MaxVio")
+    return Table(title="Routing by layer", columns=(*columns, "entropy, nats"), rows=tuple(rows))
 
 
 def section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -1,0 +1,8 @@
+"""Many experts into one model: recipes, merges, mixtures, builds."""
+
+from moiety.compose.build import BuildReport, build
+from moiety.compose.composite import Composite, open_composite
+from moiety.compose.recipe import Recipe
+from moiety.compose.route import RouteReport, route
+
+__all__ = ["BuildReport", "Composite", "Recipe", "RouteReport", "build", "open_composite", "route"]

@@ -45,7 +45,7 @@ class Prune(Part):
     pattern: str = "2:4"
     sites: Literal["ffn", "all"] = "ffn"
     method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
-    refit_steps: int = Field(20, ge=0)
+    refit_steps: int = Field(default=20, ge=0)
     values: Literal["bf16", "fp16", "fp32"] = "bf16"
 
 
@@ -58,27 +58,27 @@ class Compose(Part):
     """
 
     kind: Literal["mixture"] = "mixture"
-    top_k: int = Field(2, ge=1)
+    top_k: int = Field(default=2, ge=1)
     shared: Literal["auto", "base", "soup", "task_arithmetic"] = "auto"
-    shared_weight: float = Field(0.25, gt=0, le=2)
+    shared_weight: float = Field(default=0.25, gt=0, le=2)
 
 
 class Route(Part):
     """How the gates are learned: a closed-form start, then `train_steps` of gate-only training."""
 
     init: Literal["ridge", "centroid", "random"] = "ridge"
-    penalty: float = Field(FitSettings().penalty, gt=0)
-    train_steps: int = Field(100, ge=0)
-    learning_rate: float = Field(TrainSettings().learning_rate, gt=0)
-    domain_weight: float = Field(TrainSettings().domain_weight, ge=0)
-    balance_weight: float = Field(TrainSettings().balance_weight, ge=0)
-    z_weight: float = Field(TrainSettings().z_weight, ge=0)
+    penalty: float = Field(default=FitSettings().penalty, gt=0)
+    train_steps: int = Field(default=100, ge=0)
+    learning_rate: float = Field(default=TrainSettings().learning_rate, gt=0)
+    domain_weight: float = Field(default=TrainSettings().domain_weight, ge=0)
+    balance_weight: float = Field(default=TrainSettings().balance_weight, ge=0)
+    z_weight: float = Field(default=TrainSettings().z_weight, ge=0)
 
 
 class Evaluate(Part):
     """How much held-out text is measured: `windows` of the context length for each domain."""
 
-    windows: int = Field(64, ge=1)
+    windows: int = Field(default=64, ge=1)
 
 
 class Recipe(Part):
@@ -86,10 +86,10 @@ class Recipe(Part):
 
     base: str
     experts: list[Expert] = Field(min_length=2)
-    context_length: int = Field(512, ge=16)
-    calibration_windows: int = Field(128, ge=8)
-    batch_size: int = Field(8, ge=1)
-    seed: int = Field(0, ge=0)
+    context_length: int = Field(default=512, ge=16)
+    calibration_windows: int = Field(default=128, ge=8)
+    batch_size: int = Field(default=8, ge=1)
+    seed: int = Field(default=0, ge=0)
     prune: Prune = Prune()
     compose: Compose = Compose()
     route: Route = Route()

@@ -41,7 +41,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, model: str | Path) -> None:
         self.folder = local_folder(model)
-        self._file_of = self._index()
+        self.files = self._index()
 
     def _index(self) -> dict[str, Path]:
         if (self.folder / INDEX).is_file():
@@ -68,7 +68,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """One tensor, read from disk; InputError names it when the file is damaged."""
-        file = self._file_of[name]
+        file = self.files[name]
         try:
             with safe_open(file, "pt") as handle:
                 return handle.get_tensor(name)
@@ -76,15 +76,15 @@ class Checkpoint(Mapping[str, Tensor]):
             raise InputError(f"expected tensor {name} in {file}, but: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._file_of))
+        return iter(sorted(self.files))
 
     def __len__(self) -> int:
-        return len(self._file_of)
+        return len(self.files)
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of every tensor, from the file headers alone."""
         found: dict[str, tuple[tuple[int, ...], str]] = {}
-        for file in sorted(set(self._file_of.values())):
+        for file in sorted(set(self.files.values())):
             with safe_open(file, "pt") as handle:
                 for name in handle.keys():  # noqa: SIM118
                     part = handle.get_slice(name)
@@ -104,4 +104,4 @@ class Checkpoint(Mapping[str, Tensor]):
     @property
     def nbytes(self) -> int:
         """Bytes of all weight files."""
-        return sum(file.stat().st_size for file in set(self._file_of.values()))
+        return sum(file.stat().st_size for file in set(self.files.values()))

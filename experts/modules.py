@@ -79,7 +79,6 @@ class SparseInterface(ExpertsInterface):
     _global_mapping = {"grouped_mm": _sparse_forward, "batched_mm": _sparse_forward}  # noqa: RUF012
 
 
-@use_experts_implementation(experts_interface=SparseInterface())
 class SparseExperts(nn.Module):
     """All experts of one routed block, packed; takes the place of a stock `*Experts` module.
 
@@ -126,6 +125,9 @@ class SparseExperts(nn.Module):
             f"experts={self.num_experts}, width={self.hidden_dim}, "
             f"expert_width={self.intermediate_dim}, {self.pattern}"
         )
+
+
+use_experts_implementation(SparseExperts, experts_interface=SparseInterface())
 
 
 def activation_name(config: Any) -> str:

@@ -51,7 +51,9 @@ class PruneSettings:
                 )
         for name, least in (("refit_steps", 0), ("windows", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, but it is {getattr(self, name)}")
+                raise InputError(
+                    f"{name} must be at least {least}, but it is {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,17 @@ Importing this module registers the method `moiety` (design: packed format, vers
 `AutoModelForCausalLM.from_pretrained` then finds by the `quantization_config` of a checkpoint.
 """
 
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -55,11 +60,13 @@ class PackedConfig(QuantizationConfigMixin):
 class PackedQuantizer(HfQuantizer):
     """Puts sparse modules where the checkpoint is packed, and refuses anything it cannot trust."""
 
-    serialized_names: ClassVar[dict[str, list[str]]] = {"weight": ["weight", "weight_mask"]}
+    serialized_names = {  # noqa: RUF012
+        "weight": ["weight", "weight_mask"]
+    }
     quantization_config: PackedConfig
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Packed values are frozen."""
         return False
 
@@ -68,7 +75,7 @@ class PackedQuantizer(HfQuantizer):
         """The sparse ops have fake kernels."""
         return True
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`save_pretrained` writes the packed format again."""
         return True
 
@@ -97,7 +104,9 @@ class PackedQuantizer(HfQuantizer):
         for name in self._packed_names:
             replace_with_sparse(model, name, pattern)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
         check_complete(model)
         for name in self.quantization_config.modules:
             module = model.get_submodule(name)
@@ -123,7 +132,7 @@ def replace_with_sparse(model: nn.Module, name: str, pattern: Pattern) -> None:
                 stock.in_features, stock.out_features, pattern, bias=stock.bias is not None
             )
         elif hasattr(stock, "gate_up_proj") and hasattr(stock, "down_proj"):
-            sparse = SparseExperts(model.config, stock, pattern)
+            sparse = SparseExperts(cast(Any, model.config), stock, pattern)
         else:
             raise InputError(
                 f"expected {name} to be a linear layer or a gated experts module, "

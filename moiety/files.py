@@ -36,6 +36,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         yield scratch
         scratch.chmod(0o755)
         for path in scratch.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
             sync(path)
         if final.exists():
             final.rmdir()

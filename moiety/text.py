@@ -40,25 +40,30 @@ class Windows:
         """Token ids with padding replaced by the value that cross-entropy ignores."""
         return self.ids_WC.masked_fill(self.mask_WC == 0, IGNORED)
 
-    def head(self, count: int) -> "Windows":
-        """The first `count` windows."""
+    def select(self, chosen: Tensor | slice) -> "Windows":
+        """The windows that an index, a boolean mask or a slice chooses."""
         return Windows(
-            ids_WC=self.ids_WC[:count],
-            mask_WC=self.mask_WC[:count],
-            document_W=self.document_W[:count],
-            bytes_W=self.bytes_W[:count],
+            ids_WC=self.ids_WC[chosen],
+            mask_WC=self.mask_WC[chosen],
+            document_W=self.document_W[chosen],
+            bytes_W=self.bytes_W[chosen],
         )
 
     def batches(self, size: int) -> Iterator["Windows"]:
         """Slices of `size` windows, the last one possibly shorter."""
         for start in range(0, len(self), size):
-            stop = start + size
-            yield Windows(
-                ids_WC=self.ids_WC[start:stop],
-                mask_WC=self.mask_WC[start:stop],
-                document_W=self.document_W[start:stop],
-                bytes_W=self.bytes_W[start:stop],
-            )
+            yield self.select(slice(start, start + size))
+
+    def hold_back(self, every: int = 4) -> tuple["Windows", "Windows"]:
+        """Split by document: all but every `every`-th document, and those.
+
+        With fewer documents than `every` the windows themselves are split that way.
+        """
+        documents, number_W = self.document_W.unique(return_inverse=True)
+        if len(documents) < every:
+            number_W = torch.arange(len(self))
+        late_W = number_W % every == every - 1
+        return self.select(~late_W), self.select(late_W)
 
 
 def read_documents(path: str | Path) -> list[str]:
@@ -169,9 +174,7 @@ class _Piece:
 def _cut(
     tokenizer: Any, text: str, document: int, context_length: int, minimum: int
 ) -> list[_Piece]:
-    encoded = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     start_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     step = context_length - len(start_ids)

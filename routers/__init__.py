@@ -9,6 +9,7 @@ from moiety.routers.gates import (
     forced,
     one_hot,
     random,
+    sequence_level,
     uniform,
     watched,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "merge",
     "one_hot",
     "random",
+    "sequence_level",
     "train",
     "uniform",
     "watched",

@@ -20,8 +20,6 @@ from moiety.routers.statistics import GateStatistics, collect
 from moiety.text import Windows
 
 Method = Literal["ridge", "centroid", "random"]
-HELD_BACK = 4
-"""Every fourth window of a domain is held back to choose the scale and measure accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +82,7 @@ def fit(
     """Solve every gate for "send each domain to its own expert" and write it into the model.
 
     Weights change in place and keep their dtype; nothing else in the model changes. Three
-    quarters of the windows give the statistics; the rest choose the scale of the logits
+    quarters of a domain's documents give the statistics; the rest choose the scale of the logits
     (method "random" keeps scale 1, as it is a control) and measure accuracy. A domain with
     fewer than four windows is used for both. Raises InputError for gates that are not linear,
     domains without own expert, too little text, or NaN activations; the model is then
@@ -122,22 +120,12 @@ def fit(
 
 
 def _split(data: Mapping[str, Windows]) -> tuple[dict[str, Windows], dict[str, Windows]]:
-    kept, held_back = {}, {}
+    kept, held_back = dict(data), dict(data)
     for domain, windows in data.items():
-        late_W = torch.arange(len(windows)) % HELD_BACK == HELD_BACK - 1
-        small = len(windows) < HELD_BACK
-        kept[domain] = windows if small else _rows(windows, ~late_W)
-        held_back[domain] = windows if small else _rows(windows, late_W)
+        early, late = windows.hold_back()
+        if len(late) > 0:
+            kept[domain], held_back[domain] = early, late
     return kept, held_back
-
-
-def _rows(windows: Windows, chosen_W: Tensor) -> Windows:
-    return Windows(
-        ids_WC=windows.ids_WC[chosen_W],
-        mask_WC=windows.mask_WC[chosen_W],
-        document_W=windows.document_W[chosen_W],
-        bytes_W=windows.bytes_W[chosen_W],
-    )
 
 
 def _solve(statistics: GateStatistics, settings: FitSettings) -> Tensor:

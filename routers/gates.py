@@ -158,3 +158,19 @@ def random(seed: int) -> RoutePolicy:
         return torch.full(experts_TA.shape, 1 / gate.active, device=logits_TE.device), experts_TA
 
     return policy
+
+
+def sequence_level(length: int) -> RoutePolicy:
+    """Route by one posterior over experts a sequence, updated causally from the gate's own view.
+
+    The posterior after token t is proportional to `exp(Σ_{s<=t} log p_s)`, p the gate's softmax;
+    tokens come as rows of `length`. Each token goes to as many experts as the gate would choose.
+    """
+
+    def policy(gate: Gate, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        evidence_SCE = logits_TE.float().log_softmax(-1).view(-1, length, gate.experts).cumsum(1)
+        posterior_TE = evidence_SCE.softmax(-1).view(-1, gate.experts)
+        weights_TA, experts_TA = posterior_TE.topk(gate.active, dim=-1)
+        return weights_TA / weights_TA.sum(-1, keepdim=True), experts_TA
+
+    return policy

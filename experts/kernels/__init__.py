@@ -12,9 +12,7 @@ from moiety.experts.kernels import reference
 __all__ = ["sparse_experts", "sparse_linear"]
 
 
-def sparse_linear(
-    input: Tensor, values_OK: Tensor, mask_OB: Tensor, in_features: int
-) -> Tensor:
+def sparse_linear(input: Tensor, values_OK: Tensor, mask_OB: Tensor, in_features: int) -> Tensor:
     """`input @ weightᵀ` (..., O) for a packed weight; differentiable in `input` (..., I).
 
     Raises ValueError when the shapes or dtypes do not fit each other.

@@ -49,9 +49,7 @@ def expand(values_OK: Tensor, mask_OB: Tensor, in_features: int) -> Tensor:
     return dense_OI.masked_scatter_(mask_OI, values_OK)
 
 
-def sparse_linear(
-    input_TI: Tensor, values_OK: Tensor, mask_OB: Tensor, in_features: int
-) -> Tensor:
+def sparse_linear(input_TI: Tensor, values_OK: Tensor, mask_OB: Tensor, in_features: int) -> Tensor:
     """`input @ weightᵀ` for a packed weight, in the input's dtype."""
     weight_OI = expand(values_OK, mask_OB, in_features).to(input_TI.dtype)
     return functional.linear(input_TI, weight_OI)

@@ -14,7 +14,7 @@ def refit(
     steps: int = 20,
     damping: float = 1e-6,
 ) -> Tensor:
-    """Move the kept values of `pruned_OI` to minimise `tr((W−P) G (W−P)ᵀ)`, zeros staying zero.
+    """Move the kept values of `pruned_OI` to minimise `tr((W-P) G (W-P)ᵀ)`, zeros staying zero.
 
     All rows at once, preconditioned by the diagonal of G; the mask is where `pruned_OI` is not
     zero. Each step costs one O x I x I product. The result is never worse than the input on the

@@ -44,6 +44,8 @@ def clean_cpp(text: str) -> str:
 
 def _without_licence(text: str, comment: re.Pattern[str]) -> str:
     text = text.replace("\r\n", "\n").expandtabs(4)
+    if not LICENCE.search(text):
+        return text.strip() + "\n"
     text = comment.sub(lambda match: "" if LICENCE.search(match[0]) else match[0], text)
     lines = (line.rstrip() for line in text.split("\n") if not LICENCE.search(line))
     return re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)).strip() + "\n"

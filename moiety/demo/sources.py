@@ -1,19 +1,22 @@
 """Where the demo's text comes from: files that every machine with moiety on it has.
 
-A source yields cleaned documents in an order fixed by a seed and by the files' relative names,
-so that the same installation gives the same text wherever it lies.
+A source is read in an order fixed by a seed and by the files' relative names, so that the same
+installation gives the same text wherever it lies.
 """
 
 import hashlib
 import importlib.metadata
 import importlib.util
+import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from moiety.demo.cleaning import clean_cpp, clean_prose, clean_python
 from moiety.errors import InputError
 
+TEXT_DOMAINS = ("python", "cpp", "english")
+_CLEAN = {"python": clean_python, "cpp": clean_cpp, "english": clean_prose}
 _PYTHON_LEFT_OUT = frozenset(
     "site-packages dist-packages test tests idle_test lib2to3 pydoc_data encodings "
     "__pycache__ __phello__ turtledemo msilib".split()
@@ -21,8 +24,11 @@ _PYTHON_LEFT_OUT = frozenset(
 _CPP_LEFT_OUT = frozenset({"ops", "cudnn", "miopen", "legacy"})
 _CPP_SUFFIXES = frozenset({".h", ".hpp", ".cuh"})
 _PROSE_SUFFIXES = frozenset({".md", ".rst"})
-_SHORTEST = 300
+_PROSE_LEFT_OUT = frozenset({"tests", "testing", "_vendor", "vendor"})
+_DOCSTRING = re.compile(r'^[ \t]*r?"""(.*?)"""', re.MULTILINE | re.DOTALL)
+_MODULES_READ = 900
 _LARGEST_FILE = 400_000
+_SHORTEST = 300
 
 
 def hash_order(seed: int, name: str) -> str:
@@ -30,21 +36,40 @@ def hash_order(seed: int, name: str) -> str:
     return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
 
 
-def source_documents(domain: str, *, seed: int, cap: int) -> Iterator[str]:
-    """Yield the cleaned documents of the domain `python`, `cpp` or `english`.
+def raw_documents(domain: str, *, seed: int, budget: int, cap: int) -> list[str]:
+    """Read about `budget` characters of `python`, `cpp` or `english`, `cap` at most a file.
 
-    Each is cut to `cap` characters at a line's end. Raises InputError when the source is not on
-    this machine or holds no text.
+    Raises InputError when the source is not on this machine.
     """
     if domain == "python":
-        raw = _files(python_folder(), {".py"}, _PYTHON_LEFT_OUT, "Python standard library", seed)
-        return _cleaned(raw, clean_python, cap)
-    if domain == "cpp":
-        raw = _files(cpp_folder(), _CPP_SUFFIXES, _CPP_LEFT_OUT, "C++ headers of torch", seed)
-        return _cleaned(raw, clean_cpp, cap)
-    if domain == "english":
-        return _cleaned(_prose(seed), clean_prose, cap)
-    raise InputError(f"expected a domain among python, cpp and english, but got {domain!r}")
+        texts = _files(python_folder(), {".py"}, _PYTHON_LEFT_OUT, "Python standard library", seed)
+    elif domain == "cpp":
+        texts = _files(cpp_folder(), _CPP_SUFFIXES, _CPP_LEFT_OUT, "C++ headers of torch", seed)
+    elif domain == "english":
+        texts = _prose(seed)
+    else:
+        raise InputError(f"expected a domain among {TEXT_DOMAINS}, but got {domain!r}")
+    taken, size = [], 0
+    for text in texts:
+        taken.append(cut(text, cap))
+        size += len(taken[-1])
+        if size >= budget:
+            break
+    return taken
+
+
+def clean_documents(domain: str, raw: list[str], cap: int) -> list[str]:
+    """Clean raw documents, `cap` characters at most each; leave out those with little text."""
+    cleaned = (cut(_CLEAN[domain](text), cap) for text in raw)
+    return [text for text in cleaned if len(text) >= _SHORTEST]
+
+
+def cut(text: str, cap: int) -> str:
+    """The first lines of `text` that fit in `cap` characters."""
+    if len(text) <= cap:
+        return text
+    end = text.rfind("\n", 0, cap)
+    return text[: end + 1] if end > 0 else text[:cap]
 
 
 def python_folder() -> Path:
@@ -60,25 +85,14 @@ def cpp_folder() -> Path:
     return Path(found.origin).parent / "include"
 
 
-def _cleaned(raw: Iterable[str], clean: Callable[[str], str], cap: int) -> Iterator[str]:
-    for text in raw:
-        document = cut(clean(text), cap)
-        if len(document) >= _SHORTEST:
-            yield document
-
-
-def cut(text: str, cap: int) -> str:
-    """The first lines of `text` that fit in `cap` characters."""
-    if len(text) <= cap:
-        return text
-    end = text.rfind("\n", 0, cap)
-    return text[: end + 1] if end > 0 else text[:cap]
-
-
 def _files(
-    folder: Path, suffixes: Iterable[str], left_out: frozenset[str], what: str, seed: int
+    folder: Path,
+    suffixes: set[str] | frozenset[str],
+    left_out: frozenset[str],
+    what: str,
+    seed: int,
 ) -> Iterator[str]:
-    paths = [path for path in folder.rglob("*") if path.suffix in suffixes]
+    paths = (path for path in folder.rglob("*") if path.suffix in suffixes)
     names = {path.relative_to(folder).as_posix(): path for path in paths}
     wanted = [name for name in names if left_out.isdisjoint(name.split("/"))]
     if not wanted:
@@ -87,43 +101,59 @@ def _files(
             "or give your own corpora instead of running the demo"
         )
     for name in sorted(wanted, key=lambda name: hash_order(seed, name)):
-        yield from _text(names[name])
+        yield read(names[name])
 
 
-def _text(path: Path) -> Iterator[str]:
+def read(path: Path) -> str:
+    """The text of a file of reasonable size; nothing for any other."""
     try:
-        if path.stat().st_size <= _LARGEST_FILE:
-            yield path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8") if path.stat().st_size <= _LARGEST_FILE else ""
     except (OSError, UnicodeDecodeError):
-        return
+        return ""
 
 
 def _prose(seed: int) -> Iterator[str]:
-    texts = {**_topics(), **_descriptions()}
-    if not texts:
+    descriptions, pages, modules = _distributions()
+    modules = dict(sorted(modules.items(), key=lambda item: hash_order(seed, item[0])))
+    chosen = {name: modules[name] for name in list(modules)[:_MODULES_READ]}
+    texts = topics() | descriptions
+    if not texts and not pages and not chosen:
         raise InputError(
-            "expected documentation of installed distributions and pydoc topics, but there is "
+            "expected documentation of installed distributions or pydoc topics, but there is "
             "none; install some packages, or give your own corpora instead of running the demo"
         )
-    for name in sorted(texts, key=lambda name: hash_order(seed, name)):
-        yield texts[name]
+    for name in sorted({*texts, *pages, *chosen}, key=lambda name: hash_order(seed, name)):
+        if name in chosen:
+            yield _docstrings(read(chosen[name]))
+        else:
+            yield texts[name] if name in texts else read(pages[name])
 
 
-def _topics() -> dict[str, str]:
+def topics() -> dict[str, str]:
+    """The chapters of the language reference that come with Python's help."""
     try:
-        from pydoc_data.topics import topics
+        from pydoc_data.topics import topics as chapters
     except ImportError:
         return {}
-    return {f"topic/{name}": text for name, text in topics.items()}
+    return {f"topic/{name}": text for name, text in chapters.items()}
 
 
-def _descriptions() -> dict[str, str]:
-    texts = {}
+def _docstrings(source: str) -> str:
+    return "\n\n".join(match[1] for match in _DOCSTRING.finditer(source))
+
+
+def _distributions() -> tuple[dict[str, str], dict[str, Path], dict[str, Path]]:
+    descriptions: dict[str, str] = {}
+    pages: dict[str, Path] = {}
+    modules: dict[str, Path] = {}
     for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]
-        body = distribution.metadata.get_payload()  # pyright: ignore[reportAttributeAccessIssue]
-        texts[f"{name}/METADATA"] = str(body or distribution.metadata.get("Description") or "")
+        metadata = distribution.metadata
+        body = metadata.get_payload()  # pyright: ignore[reportAttributeAccessIssue]
+        descriptions[f"{metadata['Name']}/METADATA"] = str(body or metadata.get("Description", ""))
         for path in distribution.files or ():
-            if path.suffix in _PROSE_SUFFIXES and ".dist-info" not in str(path):
-                texts[f"{name}/{path}"] = "".join(_text(Path(str(distribution.locate_file(path)))))
-    return texts
+            wanted = modules if path.suffix == ".py" else pages
+            if path.suffix not in {".py", *_PROSE_SUFFIXES} or ".dist-info" in str(path):
+                continue
+            if _PROSE_LEFT_OUT.isdisjoint(path.parts):
+                wanted[f"{metadata['Name']}/{path}"] = Path(str(distribution.locate_file(path)))
+    return descriptions, pages, modules

@@ -1,0 +1,209 @@
+"""Measure models on held-out text: loss by domain, exact answers, speed, bytes."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moiety.compose.composite import Composite, open_composite
+from moiety.errors import InputError
+from moiety.experts.modules import SparseExperts, SparseLinear
+from moiety.files import read_json
+from moiety.progress import SILENT, Progress
+from moiety.routers import RoutePolicy, find_gates, forced, one_hot, random, sequence_level, uniform
+from moiety.scoring import Score, score
+from moiety.text import Windows, read_documents, token_windows
+
+Scores = dict[str, Score]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt with the one answer that counts as right."""
+
+    prompt: str
+    answer: str
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """Read `{"prompt": ..., "answer": ...}` rows from a JSON list; InputError for other content."""
+    rows = read_json(path)
+    try:
+        return [Problem(row["prompt"], row["answer"]) for row in rows]
+    except (TypeError, KeyError) as error:
+        raise InputError(
+            f'expected a list of {{"prompt", "answer"}} in {path}, but: {error!r}'
+        ) from error
+
+
+def domain_scores(model: nn.Module, data: Mapping[str, Windows], batch_size: int = 8) -> Scores:
+    """Score of the model on every domain."""
+    return {domain: score(model, windows, batch_size) for domain, windows in data.items()}
+
+
+def router_scores(
+    composite: Composite,
+    data: Mapping[str, Windows],
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: Progress = SILENT,
+) -> dict[str, Scores]:
+    """Scores of a composite under its own router and under the controls.
+
+    Rows: `composite` (learned), `uniform`, `random`, `sequence_level`, and `oracle`, which sends
+    every token to the expert of its domain.
+    """
+    policies = _policies(composite, data, seed)
+    gates = find_gates(composite.model)
+    rows: dict[str, Scores] = {"composite": domain_scores(composite.model, data, batch_size)}
+    for name, policy_of in progress.track(policies.items(), "router controls", len(policies)):
+        rows[name] = {}
+        for domain, windows in data.items():
+            with forced(gates, policy_of(domain)):
+                rows[name][domain] = score(composite.model, windows, batch_size)
+    return rows
+
+
+def _policies(
+    composite: Composite, data: Mapping[str, Windows], seed: int
+) -> dict[str, Callable[[str], RoutePolicy]]:
+    own = composite.own_expert(data)
+    return {
+        "uniform": lambda _domain: uniform(),
+        "random": lambda _domain: random(seed),
+        "sequence_level": lambda domain: sequence_level(data[domain].ids_WC.shape[1]),
+        "oracle": lambda domain: one_hot(own[domain]),
+    }
+
+
+def as_tables(rows: Mapping[str, Scores]) -> dict[str, dict[str, dict[str, float]]]:
+    """`loss` and `bits_per_byte` by row and domain."""
+    loss = {row: {d: s.loss for d, s in scores.items()} for row, scores in rows.items()}
+    bits = {row: {d: s.bits_per_byte for d, s in scores.items()} for row, scores in rows.items()}
+    return {"loss": loss, "bits_per_byte": bits}
+
+
+def evaluate(
+    model: str | Path,
+    data: Mapping[str, str | Path],
+    *,
+    context_length: int = 512,
+    windows: int = 64,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Evaluate a composite folder on labelled held-out text, with the router controls.
+
+    `data` names each domain's text by its expert. Returns the results as `moiety eval --json`
+    prints them: context length, seed, loss, bits per byte, bytes, tokens per second.
+    """
+    documents = {domain: read_documents(path) for domain, path in data.items()}
+    composite = open_composite(model)
+    composite.own_expert(data)
+    cut = {
+        domain: token_windows(composite.tokenizer, texts, context_length, windows)
+        for domain, texts in documents.items()
+    }
+    rows = router_scores(composite, cut, seed=seed, batch_size=batch_size, progress=progress)
+    return {
+        "context_length": context_length,
+        "seed": seed,
+        "domains": list(data),
+        **as_tables(rows),
+        "bytes": model_bytes(composite.model),
+        "tokens_per_second": {"composite": speed(composite.model)},
+        "device": device_name(),
+    }
+
+
+@torch.no_grad()
+def exact_match(
+    model: PreTrainedModel, tokenizer: Any, problems: Sequence[Problem], batch_size: int = 32
+) -> float:
+    """Share of problems whose greedy continuation is the answer, up to the end of the line."""
+    right = 0
+    for start in range(0, len(problems), batch_size):
+        part = problems[start : start + batch_size]
+        texts = continue_greedily(model, tokenizer, [p.prompt for p in part], _longest(part))
+        for problem, text in zip(part, texts, strict=True):
+            right += text.split("\n")[0].strip() == problem.answer.strip()
+    return right / len(problems)
+
+
+def _longest(problems: Sequence[Problem]) -> int:
+    return max(len(problem.answer.encode()) for problem in problems) + 1
+
+
+@torch.no_grad()
+def continue_greedily(
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], new_tokens: int
+) -> list[str]:
+    """What the model writes after each prompt, without the prompt."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    rows = [start + tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    longest = max(len(row) for row in rows)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    output = model.generate(  # pyright: ignore[reportCallIssue]
+        ids,
+        attention_mask=mask,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=padding,
+    )
+    return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def speed(
+    model: PreTrainedModel, *, prompt: int = 128, new_tokens: int = 16, repeats: int = 3
+) -> dict[str, float]:
+    """Tokens per second of a prefill and of one-at-a-time decoding, batch 1, medians."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, int(model.config.vocab_size), (1, prompt), generator=generator)
+    prefill, decode = [], []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        middle = time.perf_counter()
+        for _step in range(new_tokens):
+            cache = model(input_ids=ids[:, -1:], past_key_values=cache).past_key_values
+        prefill.append(prompt / (middle - begin))
+        decode.append(new_tokens / (time.perf_counter() - middle))
+    return {"prefill": statistics.median(prefill[1:]), "decode": statistics.median(decode[1:])}
+
+
+def model_bytes(model: nn.Module) -> dict[str, int]:
+    """Resident weight bytes of a packed composite and of the same one with dense experts.
+
+    `experts_packed` counts kept values and masks; `experts_dense` the same matrices dense in the
+    values' own dtype.
+    """
+    packed = dense = 0
+    for module in model.modules():
+        if isinstance(module, SparseExperts | SparseLinear):
+            for name, parameter in module.named_parameters():
+                packed += parameter.nbytes
+                if not name.endswith("_mask"):
+                    dense += round(parameter.nbytes / module.pattern.density)
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    return {
+        "dense_composite": total - packed + dense,
+        "composite": total,
+        "experts_dense": dense,
+        "experts_packed": packed,
+    }
+
+
+def device_name() -> str:
+    """What the speed was measured on."""
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,88 @@
+"""From a recipe to a composite; what is done stays done."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moiety.compose.builder import Builder
+from moiety.compose.preflight import preflight
+from moiety.compose.recipe import Recipe
+from moiety.compose.stages import Stages
+from moiety.errors import OutputError
+from moiety.files import check_new_folder, new_folder, read_json, write_json, write_text
+from moiety.progress import SILENT, Progress
+
+RECORD = "build.json"
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """Where everything is and what was chosen; also written to `build.json` in the composite."""
+
+    key: str
+    composite: Path
+    experts: dict[str, Path]
+    shared: str
+    gate_parameters: int
+    seconds: dict[str, float]
+
+
+def build(
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    *,
+    work: str | Path | None = None,
+    progress: Progress = SILENT,
+) -> BuildReport:
+    """Build the composite of a recipe in folder `out`.
+
+    Finished stages are kept in `work` (default: `<out>.stages`), so that an interrupted build
+    goes on from the last one and ends with the same files. If `out` already holds this very
+    composite nothing is done; if it holds anything else, OutputError.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
+    out = Path(out).absolute()
+    work = out.with_name(f"{out.name}.stages") if work is None else Path(work)
+    if not (out / RECORD).is_file():
+        check_new_folder(out)
+    progress.note("checking the recipe")
+    preflight(recipe)
+    builder = Builder(recipe, Stages(work, progress), progress)
+    if (out / RECORD).is_file():
+        return _finished(out, builder)
+    report = _report(builder, out)
+    with new_folder(out) as scratch:
+        builder.write(scratch)
+        write_json(scratch / RECORD, _to_json(report))
+        write_text(scratch / "recipe.yaml", recipe.to_yaml())
+    return report
+
+
+def _report(builder: Builder, out: Path) -> BuildReport:
+    """Run every stage and say what came of it."""
+    choice = read_json(builder.chosen / "choice.json")["chosen"]
+    parameters = read_json(builder.routed / "route.json")["parameters"]
+    seconds = dict(builder.stages.seconds)
+    return BuildReport(builder.key, out, builder.experts, choice, parameters, seconds)
+
+
+def _finished(out: Path, builder: Builder) -> BuildReport:
+    record = read_json(out / RECORD)
+    if record.get("key") != builder.key:
+        raise OutputError(
+            f"expected {out} to be absent or to hold this recipe's composite, but it holds "
+            "another one; choose another output folder or remove it first"
+        )
+    builder.progress.note(f"{out} already holds this composite")
+    return BuildReport(
+        **{
+            **record,
+            "composite": out,
+            "experts": {name: Path(path) for name, path in record["experts"].items()},
+        }
+    )
+
+
+def _to_json(report: BuildReport) -> dict[str, Any]:
+    experts = {name: str(path) for name, path in report.experts.items()}
+    return {**vars(report), "composite": str(report.composite), "experts": experts}

@@ -1,0 +1,96 @@
+"""Open a composite, know its experts, and write new gates into it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import moiety.experts.quantizer  # noqa: F401
+from moiety.compose.preflight import load_tokenizer
+from moiety.errors import InputError
+from moiety.experts.checkpoint import Checkpoint, local_folder
+from moiety.files import sync
+from moiety.routers import find_gates
+
+
+@dataclass(frozen=True)
+class Composite:
+    """A composite in memory: its model, its tokenizer and its experts' names in order."""
+
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: Any
+    experts: tuple[str, ...]
+
+    def own_expert(self, domains: Mapping[str, Any]) -> dict[str, int]:
+        """Index of the expert that bears each domain's name; InputError when one has none."""
+        strange = sorted(set(domains) - set(self.experts))
+        if strange:
+            raise InputError(
+                f"expected domains named like the experts ({', '.join(self.experts)}), "
+                f"but got {', '.join(strange)}"
+            )
+        return {domain: self.experts.index(domain) for domain in domains}
+
+
+def open_composite(model: str | Path, dtype: str | torch.dtype = "auto") -> Composite:
+    """Open a composite or any other transformers MoE (folder or hub id) with its tokenizer.
+
+    Raises InputError when there is no such model, it is no MoE, or its files are damaged.
+    """
+    folder = local_folder(model)
+    try:
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"expected a model in {folder}, but: {error}") from error
+    gates = find_gates(network)
+    named = getattr(network.config, "moiety", None) or {}
+    experts = named.get("experts") or [f"expert {index}" for index in range(gates[0].experts)]
+    return Composite(folder, network, load_tokenizer(folder), tuple(experts))
+
+
+def gate_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The gates' weights under their names on disk."""
+    return {
+        f"{gate.name}.weight".replace(".mlp.gate.", ".block_sparse_moe.gate."): (
+            gate.module.get_parameter("weight").detach().cpu().contiguous()
+        )
+        for gate in find_gates(model)
+    }
+
+
+def save_gates(folder: Path, model: PreTrainedModel) -> None:
+    """Write the model's gates into the checkpoint in `folder`; no other tensor changes.
+
+    Each weight file is replaced in one step, so a reader sees the old gates or the new ones.
+    """
+    gates = gate_tensors(model)
+    checkpoint = Checkpoint(folder)
+    absent = sorted(set(gates) - set(checkpoint))
+    if absent:
+        raise InputError(f"expected tensor {absent[0]} in {folder}, but there is none")
+    for file in sorted(set(checkpoint.files.values())):
+        names = [name for name, place in checkpoint.files.items() if place == file]
+        if any(name in gates for name in names):
+            _rewrite(file, {name: gates[name] for name in names if name in gates})
+
+
+def _rewrite(file: Path, changed: Mapping[str, Tensor]) -> None:
+    with safe_open(file, "pt") as handle:
+        metadata = handle.metadata()
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    tensors.update({name: tensor.to(tensors[name].dtype) for name, tensor in changed.items()})
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_file(tensors, scratch, metadata=metadata)
+        sync(scratch)
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -1,0 +1,115 @@
+"""Learn a composite's gates from labelled text: closed-form start, then gate-only training."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moiety.compose.composite import Composite, open_composite, save_gates
+from moiety.compose.recipe import Route
+from moiety.errors import InputError
+from moiety.files import check_writable, write_json
+from moiety.progress import SILENT, Progress
+from moiety.routers import FitReport, FitSettings, TrainReport, TrainSettings, fit, train
+from moiety.text import Windows, read_documents, token_windows
+
+
+@dataclass(frozen=True)
+class RouteReport:
+    """How the gates were learned; `training` is None when no step was asked for."""
+
+    fitted: FitReport
+    training: TrainReport | None
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable parameters: exactly the gates'."""
+        return self.fitted.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-like form."""
+        training = None if self.training is None else asdict(self.training)
+        return {"parameters": self.parameters, "fit": asdict(self.fitted), "training": training}
+
+
+def route(
+    model: str | Path,
+    data: Mapping[str, str | Path],
+    settings: Route | None = None,
+    *,
+    context_length: int = 512,
+    windows: int = 128,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> RouteReport:
+    """Fit and train the gates of the composite in folder `model` and save them there.
+
+    `data` gives each domain's calibration text under its expert's name. Everything but the gates
+    stays as it is, in memory and on disk.
+    """
+    documents = {domain: read_documents(path) for domain, path in data.items()}
+    folder = Path(model)
+    if not folder.is_dir():
+        raise InputError(f"expected a composite's folder at {folder}, but there is none")
+    check_writable(folder)
+    composite = open_composite(folder)
+    composite.own_expert(data)
+    cut = {
+        domain: token_windows(composite.tokenizer, texts, context_length, windows)
+        for domain, texts in documents.items()
+    }
+    report = route_model(
+        composite, cut, settings or Route(), batch_size=batch_size, seed=seed, progress=progress
+    )
+    save_gates(folder, composite.model)
+    write_json(folder / "route.json", report.to_dict())
+    return report
+
+
+def route_model(
+    composite: Composite,
+    data: Mapping[str, Windows],
+    settings: Route,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    progress: Progress = SILENT,
+) -> RouteReport:
+    """Fit and train the gates of an open composite in place.
+
+    The closed form sees all of `data`; training learns on three quarters of the documents and
+    keeps the gates that do best on the last quarter, which may be those it started from.
+    """
+    own_expert = composite.own_expert(data)
+    fitted = fit(
+        composite.model,
+        data,
+        own_expert,
+        FitSettings(
+            method=settings.init, penalty=settings.penalty, batch_size=batch_size, seed=seed
+        ),
+        progress,
+    )
+    if settings.train_steps == 0:
+        return RouteReport(fitted, None)
+    parts = {domain: windows.hold_back() for domain, windows in data.items()}
+    training = train(
+        composite.model,
+        {domain: part[0] for domain, part in parts.items()},
+        {domain: part[1] for domain, part in parts.items()},
+        own_expert,
+        TrainSettings(
+            steps=settings.train_steps,
+            learning_rate=settings.learning_rate,
+            domain_weight=settings.domain_weight,
+            balance_weight=settings.balance_weight,
+            z_weight=settings.z_weight,
+            batch_size=batch_size,
+            seed=seed,
+            checkpoint=checkpoint,
+        ),
+        progress,
+    )
+    return RouteReport(fitted, training)
