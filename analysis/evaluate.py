@@ -1,5 +1,6 @@
 """Measure models on held-out text: loss by domain, exact answers, speed, bytes."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,6 @@ from transformers import PreTrainedModel
 from moiety.compose.composite import Composite, open_composite
 from moiety.errors import InputError
 from moiety.experts.modules import SparseExperts, SparseLinear
-from moiety.files import read_json
 from moiety.progress import SILENT, Progress
 from moiety.routers import RoutePolicy, find_gates, forced, one_hot, random, sequence_level, uniform
 from moiety.scoring import Score, score
@@ -31,14 +31,25 @@ class Problem:
     answer: str
 
 
-def read_problems(path: Path) -> list[Problem]:
-    """Read `{"prompt": ..., "answer": ...}` rows from a JSON list; InputError for other content."""
-    rows = read_json(path)
+def read_problems(path: str | Path) -> list[Problem]:
+    """Read JSONL rows `{"prompt": ..., "answer": ...}`; InputError names a line that is not one."""
     try:
-        return [Problem(row["prompt"], row["answer"]) for row in rows]
-    except (TypeError, KeyError) as error:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"expected problems in {path}, but: {error}") from error
+    problems = [_problem(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line]
+    if not problems:
+        raise InputError(f"expected problems in {path}, but it is empty")
+    return problems
+
+
+def _problem(line: str, place: str) -> Problem:
+    try:
+        row = json.loads(line)
+        return Problem(str(row["prompt"]), str(row["answer"]))
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise InputError(
-            f'expected a list of {{"prompt", "answer"}} in {path}, but: {error!r}'
+            f'expected {{"prompt": ..., "answer": ...}} in {place}, but: {error!r}'
         ) from error
 
 

@@ -40,9 +40,9 @@ TEMPLATES = resources.files("moiety.analysis") / "templates"
 SCRIPTS = ("charts.js", "tokens.js")
 
 
-def write_report(
-    trace: Path,
-    out: Path,
+def report(
+    trace: str | Path,
+    out: str | Path,
     results: Mapping[str, Any] | None = None,
     *,
     own_expert: Mapping[str, str | int] | None = None,
@@ -59,9 +59,10 @@ def write_report(
     """
     if max_view_tokens < 1:
         raise InputError(f"max_view_tokens must be at least 1, but it is {max_view_tokens}")
+    out = Path(out)
     if out.is_dir():
         raise OutputError(f"expected {out} to be a file to write, but it is a folder; add a name")
-    opened = Trace.open(trace)
+    opened = Trace.open(Path(trace))
     summary = summarise(opened, own_expert)
     page = render(opened, summary, results or {}, max_view_tokens)
     check_writable(out.parent)

@@ -24,6 +24,7 @@ ROWS = {
     "composite": "composite, learned router",
     "uniform": "composite, uniform route",
     "random": "composite, random route",
+    "sequence_level": "composite, one route a sequence",
     "oracle": "composite, oracle route (own-domain expert)",
 }
 MEASURES = {
@@ -143,10 +144,11 @@ def routing_table(summary: RoutingSummary) -> Table:
 
 def layer_table(summary: RoutingSummary) -> Table:
     """For each layer: information against its null, balance, entropy and own-domain share."""
+    owners = [summary.header.domains.index(domain) for domain in summary.own_expert]
     rows = []
     for layer, null in enumerate(summary.test.layers):
-        own_D = summary.own_share_DL[:, layer]
-        own = float(own_D[list(map(summary.header.domains.index, summary.own_expert))].mean())
+        own_D = summary.own_share_DL[owners, layer]
+        own = float(own_D.mean()) if owners else None
         rows.append(
             (
                 str(layer),

@@ -21,16 +21,50 @@ from transformers import PreTrainedTokenizerBase
 from moiety.analysis.pieces import Pieces
 from moiety.analysis.trace_file import HEADER, ROUTES, Header, Trace
 from moiety.analysis.trace_writer import RouteWriter
+from moiety.compose.composite import open_composite
 from moiety.errors import InputError
-from moiety.files import new_folder, write_json
+from moiety.files import check_new_folder, new_folder, write_json
 from moiety.progress import SILENT, Progress
 from moiety.routers.gates import Gate, Route, find_gates, watched
-from moiety.text import Windows
+from moiety.text import Windows, read_documents, token_windows
 
-__all__ = ["Trace", "trace"]
+__all__ = ["Trace", "trace", "trace_model"]
 
 
 def trace(
+    model: str | Path,
+    data: Mapping[str, str | Path],
+    out: str | Path,
+    *,
+    context_length: int = 512,
+    windows: int = 64,
+    batch_size: int = 8,
+    progress: Progress = SILENT,
+) -> Path:
+    """Trace a composite or any transformers MoE (folder or hub id) over labelled text files.
+
+    `data` gives each domain's text (file or folder), at most `windows` windows of it are used.
+    See `trace_model`. Raises InputError or OutputError before any long work.
+    """
+    check_new_folder(Path(out))
+    documents = {domain: read_documents(path) for domain, path in data.items()}
+    composite = open_composite(model)
+    cut = {
+        domain: token_windows(composite.tokenizer, texts, context_length, windows)
+        for domain, texts in documents.items()
+    }
+    return trace_model(
+        composite.model,
+        composite.tokenizer,
+        cut,
+        Path(out),
+        experts=composite.experts,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def trace_model(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     data: Mapping[str, Windows],

@@ -26,6 +26,11 @@ class BuildReport:
     gate_parameters: int
     seconds: dict[str, float]
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-like form."""
+        experts = {name: str(path) for name, path in self.experts.items()}
+        return {**vars(self), "composite": str(self.composite), "experts": experts}
+
 
 def build(
     recipe: Recipe | str | Path,
@@ -53,7 +58,7 @@ def build(
     report = _report(builder, out)
     with new_folder(out) as scratch:
         builder.write(scratch)
-        write_json(scratch / RECORD, _to_json(report))
+        write_json(scratch / RECORD, report.to_dict())
         write_text(scratch / "recipe.yaml", recipe.to_yaml())
     return report
 
@@ -81,8 +86,3 @@ def _finished(out: Path, builder: Builder) -> BuildReport:
             "experts": {name: Path(path) for name, path in record["experts"].items()},
         }
     )
-
-
-def _to_json(report: BuildReport) -> dict[str, Any]:
-    experts = {name: str(path) for name, path in report.experts.items()}
-    return {**vars(report), "composite": str(report.composite), "experts": experts}

@@ -1,6 +1,7 @@
 """Recipes: what to compose, from what, in one YAML file or the same as Python objects."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from moiety.errors import InputError
 from moiety.experts.prune import PruneSettings
 from moiety.routers import FitSettings, TrainSettings
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Safe YAML in which `2:4` is text, not YAML 1.1's number 124 in base 60."""
+
+
+_INTEGER = "tag:yaml.org,2002:int"
+RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag != _INTEGER]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+RecipeLoader.add_implicit_resolver(_INTEGER, re.compile(r"[-+]?\d+$"), list("-+0123456789"))
 
 
 class Part(BaseModel):
@@ -76,9 +89,14 @@ class Route(Part):
 
 
 class Evaluate(Part):
-    """How much held-out text is measured: `windows` of the context length for each domain."""
+    """What is measured: `windows` of held-out text a domain, and sets of exact-match problems.
+
+    `problems` names JSONL files of `{"prompt", "answer"}` rows; a set that bears an expert's
+    name is also asked of that finetune and that sparse expert.
+    """
 
     windows: int = Field(default=64, ge=1)
+    problems: dict[str, str] = {}
 
 
 class Recipe(Part):
@@ -128,8 +146,8 @@ class Recipe(Part):
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
-            tree = yaml.compose(text, Loader=yaml.SafeLoader)
-            values = yaml.safe_load(text)
+            tree = yaml.compose(text, Loader=RecipeLoader)
+            values = yaml.load(text, Loader=RecipeLoader)
         except OSError as error:
             raise InputError(f"expected a recipe at {path}, but: {error.strerror}") from error
         except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -161,7 +179,10 @@ class Recipe(Part):
             )
             for expert in self.experts
         ]
-        return self.model_copy(update={"base": resolve(self.base), "experts": experts})
+        problems = {name: resolve(path) for name, path in self.evaluate.problems.items()}
+        evaluate = self.evaluate.model_copy(update={"problems": problems})
+        changes = {"base": resolve(self.base), "experts": experts, "evaluate": evaluate}
+        return self.model_copy(update=changes)
 
     def to_yaml(self) -> str:
         """The recipe as YAML, every field written out."""

@@ -169,13 +169,15 @@ def _prune_matrix(
         packed = pack(pruned_OI, pattern, VALUE_DTYPES[settings.values])
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-    linear.weight.copy_(packed.dense())
-    return packed, MatrixReport(
+    stored_OI = packed.dense().float()
+    report = MatrixReport(
         name=name,
         shape=(linear.out_features, linear.in_features),
         error_after_method=first_error,
-        error_after_refit=relative_error(weight_OI, packed.dense().float(), gram_II),
+        error_after_refit=relative_error(weight_OI, stored_OI, gram_II),
     )
+    linear.weight.copy_(stored_OI)
+    return packed, report
 
 
 def install_packed(model: PreTrainedModel, packed: Mapping[str, Packed], pattern: str) -> None:

@@ -13,7 +13,7 @@ import click
 import typer
 from rich.console import Console
 
-from moiety.console import ConsoleProgress, show_error
+from moiety.console import ConsoleProgress, results_console, show_error
 from moiety.errors import InputError, OutputError
 from moiety.version import __version__
 
@@ -220,10 +220,9 @@ def trace(
     as_json: Json = False,
 ) -> None:
     """Record which experts every token of labelled text went to."""
-    from moiety.analysis import summarise
+    from moiety.analysis import Trace, summarise
     from moiety.analysis import trace as run
     from moiety.analysis.tables import routing_table
-    from moiety.analysis.trace_file import Trace
 
     _quiet_libraries()
     folder = run(
@@ -246,10 +245,9 @@ def report(
     as_json: Json = False,
 ) -> None:
     """A self-contained HTML page: who handled what, is it real, what did it cost."""
+    from moiety.analysis import Trace, summarise
     from moiety.analysis import report as run
-    from moiety.analysis import summarise
     from moiety.analysis.tables import routing_table
-    from moiety.analysis.trace_file import Trace
     from moiety.files import read_json
 
     run(trace, out, None if results is None else read_json(results))
@@ -271,10 +269,10 @@ def _pairs(data: list[str]) -> dict[str, str]:
 
 
 def _print(values: Any, tables: list[Any], as_json: bool) -> None:
-    console = Console()
     if as_json:
-        console.print_json(json.dumps(values, default=str), indent=2, highlight=False)
+        typer.echo(json.dumps(values, default=str, indent=2))
         return
+    console = results_console()
     for table in tables:
         console.print(table.to_rich())
 

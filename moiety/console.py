@@ -17,6 +17,7 @@ from rich.progress import (
 
 Item = TypeVar("Item")
 QUIET_SECONDS = 15.0
+PIPE_WIDTH = 120
 
 
 class ConsoleProgress:
@@ -82,6 +83,14 @@ def _line(description: str, done: int, total: int | None, seconds: float) -> str
         return f"{description}: {done} done in {seconds:.0f} s"
     left = seconds / done * (total - done)
     return f"{description}: {done} of {total}, about {left:.0f} s left"
+
+
+def results_console() -> Console:
+    """Where results go: stdout, wide enough for tables when it is a file or a pipe."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console
 
 
 def show_error(message: str) -> None:

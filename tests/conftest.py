@@ -14,9 +14,9 @@ from transformers.utils import logging
 from moiety.text import write_documents
 
 WORDS = {
-    "letters": "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split(),
-    "numbers": "one two three four five six seven eight nine ten eleven twelve".split(),
-    "colours": "red green blue yellow orange purple black white pink brown cyan teal".split(),
+    "letters": "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu",
+    "numbers": "one two three four five six seven eight nine ten eleven twelve",
+    "colours": "red green blue yellow orange purple black white pink brown cyan teal",
 }
 CONTEXT = 32
 
@@ -60,7 +60,7 @@ class World:
 def documents(domain: str, count: int, seed: int) -> list[str]:
     """Short random texts out of one domain's words."""
     generator = torch.Generator().manual_seed(seed)
-    words = WORDS[domain]
+    words = WORDS[domain].split()
     picks = torch.randint(len(words), (count, 60), generator=generator).tolist()
     return [" ".join(words[pick] for pick in row) for row in picks]
 

@@ -73,7 +73,7 @@
       node.style.borderBottomStyle = ["solid", "dashed", "dotted", "double"][expert % 4];
       node.classList.toggle("dim", state.only !== null && state.only !== expert);
       const heard = found.slice(0, 3).map(([e, w]) => `${view.experts[e]} ${percent(w)}`).join(", ");
-      node.setAttribute("aria-label", `${shownText(state.current.tokens[token])}: ${heard}`);
+      node.setAttribute("aria-label", `${shownText(state.current.tokens[token]).trim() || "space"}: ${heard}`);
     });
     show(state.focused);
   }
@@ -128,7 +128,7 @@
     const loss = chosen.loss[token];
     const layer = chosenLayer();
     const piece = chosen.tokens[token];
-    const title = element("p", "piece", piece === "" ? "no text of its own" : shownText(piece).trimEnd() || "space");
+    const title = element("p", "piece", piece === "" ? "no text of its own" : shownText(piece).trim() || "space");
     const facts = element("p", "facts",
       `token ${token}, id ${chosen.ids[token]} · ${loss === null ? "starts its window, no loss" : `loss ${loss.toFixed(2)} nats`} · ` +
       `gate entropy ${entropy(chosen, token, layer).toFixed(2)} nats`);

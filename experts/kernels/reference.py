@@ -113,14 +113,15 @@ def sparse_experts(
     `gate_up_values` (E, 2F, K) stacks gate above up, `down_values` (E, D, K). An index in
     `experts_TA` that is no stored expert contributes nothing (expert parallelism's sentinel).
     """
-    output_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
+    wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+    output_TD = torch.zeros_like(hidden_TD, dtype=wide)
     packed = (gate_up_values, gate_up_mask, down_values, down_mask)
     for part in _routed(hidden_TD, *packed, experts_TA):
         gate_NF, up_NF = functional.linear(part.hidden_ND, part.gate_up_HD).chunk(2, dim=-1)
         inner_NF = activate(gate_NF, activation) * up_NF
         result_ND = functional.linear(inner_NF, part.down_DF)
-        weight_N = weights_TA[part.token_N, part.slot_N].float()
-        output_TD.index_add_(0, part.token_N, result_ND.float() * weight_N[:, None])
+        weight_N = weights_TA[part.token_N, part.slot_N].to(wide)
+        output_TD.index_add_(0, part.token_N, result_ND.to(wide) * weight_N[:, None])
     return output_TD.to(hidden_TD.dtype)
 
 
@@ -139,7 +140,8 @@ def sparse_experts_backward(
 
     Activations are computed again instead of kept, so nothing dense outlives the call.
     """
-    d_hidden_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
+    wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+    d_hidden_TD = torch.zeros_like(hidden_TD, dtype=wide)
     d_weights_TA = torch.zeros_like(weights_TA)
     packed = (gate_up_values, gate_up_mask, down_values, down_mask)
     for part in _routed(hidden_TD, *packed, experts_TA):
@@ -152,7 +154,7 @@ def sparse_experts_backward(
         d_inner_NF = d_inner_NF * weights_TA[part.token_N, part.slot_N, None].to(d_inner_NF.dtype)
         d_gate_NF = activation_gradient(d_inner_NF * up_NF, gate_NF, activation)
         d_both_NH = torch.cat([d_gate_NF, d_inner_NF * active_NF], dim=-1)
-        d_hidden_TD.index_add_(0, part.token_N, (d_both_NH @ part.gate_up_HD).float())
+        d_hidden_TD.index_add_(0, part.token_N, (d_both_NH @ part.gate_up_HD).to(wide))
     return d_hidden_TD.to(hidden_TD.dtype), d_weights_TA
 
 

@@ -1,6 +1,6 @@
 """Generated arithmetic: documents of worked problems, and problems that no training text holds.
 
-A problem is a line such as `17 + 25 = 42`. Every tenth problem, chosen by a hash of its operands
+A problem is a line such as `17 + 25 = 42`. One problem in six, chosen by a hash of its operands
 (in either order), is set aside: held-out documents and exact-match prompts are made of those
 alone, and training and calibration documents never hold one.
 """
@@ -11,18 +11,26 @@ from functools import cache
 from moiety.demo.sources import hash_order
 from moiety.errors import InputError
 
-_LEVELS = (("+", 10), ("+", 50), ("+", 100), ("-", 20), ("-", 100), ("*", 13))
+_LEVELS = (
+    ("+", 10, 10),
+    ("-", 10, 10),
+    ("+", 20, 20),
+    ("-", 20, 20),
+    ("+", 50, 10),
+    ("-", 50, 10),
+    ("*", 10, 10),
+)
 _LINES = 24
 _WORKED = 6
-_SET_ASIDE = 16
+_SET_ASIDE = 6
 
 
 @cache
 def problems(seed: int, set_aside: bool) -> tuple[tuple[str, ...], ...]:
     """The problems of every level, either those set aside or the others."""
     levels = []
-    for sign, limit in _LEVELS:
-        pairs = ((a, b) for a in range(limit) for b in range(limit) if sign != "-" or a >= b)
+    for sign, first, second in _LEVELS:
+        pairs = ((a, b) for a in range(first) for b in range(second) if sign != "-" or a >= b)
         lines = (line(a, sign, b) for a, b in pairs if _is_set_aside(seed, a, sign, b) == set_aside)
         levels.append(tuple(lines))
     return tuple(levels)

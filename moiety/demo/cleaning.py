@@ -9,7 +9,7 @@ LICENCE = re.compile(
     re.IGNORECASE,
 )
 _PYTHON_COMMENT = re.compile(r"(?:^[ \t]*#.*\n)+", re.MULTILINE)
-_CPP_COMMENT = re.compile(r"/\*.*?\*/|(?:^[ \t]*//.*\n)+", re.MULTILINE | re.DOTALL)
+_CPP_COMMENT = re.compile(r"/\*.*?\*/|(?:^[ \t]*//[^\n]*\n)+", re.MULTILINE | re.DOTALL)
 
 _FENCE = re.compile(r"^[ \t]*(```|~~~).*?^[ \t]*\1[ \t]*$", re.MULTILINE | re.DOTALL)
 _MARKUP = (
@@ -27,8 +27,38 @@ _BULLET = re.compile(r"^[ \t]*(?:[-*+•]|\d+[.)])[ \t]+", re.MULTILINE)
 _BREAK = re.compile(r"\n[ \t]*\n")
 _WORD = re.compile(r"[A-Za-z']+")
 _COMMON = frozenset(
-    "a an and are as be by can for from has if in is it its not of on or that the this to was "
-    "when which with you your".split()
+    [
+        "a",
+        "an",
+        "and",
+        "are",
+        "as",
+        "be",
+        "by",
+        "can",
+        "for",
+        "from",
+        "has",
+        "if",
+        "in",
+        "is",
+        "it",
+        "its",
+        "not",
+        "of",
+        "on",
+        "or",
+        "that",
+        "the",
+        "this",
+        "to",
+        "was",
+        "when",
+        "which",
+        "with",
+        "you",
+        "your",
+    ]
 )
 
 

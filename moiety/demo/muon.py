@@ -44,12 +44,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    self._update(matrix, group["lr"], group["momentum"])
+                    self._update(matrix, matrix.grad, group["lr"], group["momentum"])
 
-    def _update(self, matrix_OI: Tensor, rate: float, momentum: float) -> None:
+    def _update(self, matrix_OI: Tensor, gradient_OI: Tensor, rate: float, momentum: float) -> None:
         state = self.state[matrix_OI]
         average_OI = state.setdefault("average", torch.zeros_like(matrix_OI))
-        average_OI.lerp_(matrix_OI.grad, 1 - momentum)
-        direction_OI = orthogonal(matrix_OI.grad.lerp(average_OI, momentum))
+        average_OI.lerp_(gradient_OI, 1 - momentum)
+        direction_OI = orthogonal(gradient_OI.lerp(average_OI, momentum))
         scale = 0.2 * max(matrix_OI.shape) ** 0.5
         matrix_OI.add_(direction_OI, alpha=-rate * scale)

@@ -7,10 +7,12 @@ installation gives the same text wherever it lies.
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from moiety.demo.cleaning import clean_cpp, clean_prose, clean_python
 from moiety.errors import InputError
@@ -18,13 +20,26 @@ from moiety.errors import InputError
 TEXT_DOMAINS = ("python", "cpp", "english")
 _CLEAN = {"python": clean_python, "cpp": clean_cpp, "english": clean_prose}
 _PYTHON_LEFT_OUT = frozenset(
-    "site-packages dist-packages test tests idle_test lib2to3 pydoc_data encodings "
-    "__pycache__ __phello__ turtledemo msilib".split()
+    [
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "lib2to3",
+        "pydoc_data",
+        "encodings",
+        "__pycache__",
+        "__phello__",
+        "turtledemo",
+        "msilib",
+    ]
 )
+_PYTHON_SUFFIXES = frozenset({".py"})
 _CPP_LEFT_OUT = frozenset({"ops", "cudnn", "miopen", "legacy"})
 _CPP_SUFFIXES = frozenset({".h", ".hpp", ".cuh"})
 _PROSE_SUFFIXES = frozenset({".md", ".rst"})
-_PROSE_LEFT_OUT = frozenset({"tests", "testing", "_vendor", "vendor"})
+_PROSE_LEFT_OUT = frozenset({"__pycache__", "tests", "testing", "_vendor", "vendor"})
 _DOCSTRING = re.compile(r'^[ \t]*r?"""(.*?)"""', re.MULTILINE | re.DOTALL)
 _MODULES_READ = 900
 _LARGEST_FILE = 400_000
@@ -42,7 +57,9 @@ def raw_documents(domain: str, *, seed: int, budget: int, cap: int) -> list[str]
     Raises InputError when the source is not on this machine.
     """
     if domain == "python":
-        texts = _files(python_folder(), {".py"}, _PYTHON_LEFT_OUT, "Python standard library", seed)
+        texts = _files(
+            python_folder(), _PYTHON_SUFFIXES, _PYTHON_LEFT_OUT, "Python standard library", seed
+        )
     elif domain == "cpp":
         texts = _files(cpp_folder(), _CPP_SUFFIXES, _CPP_LEFT_OUT, "C++ headers of torch", seed)
     elif domain == "english":
@@ -86,22 +103,30 @@ def cpp_folder() -> Path:
 
 
 def _files(
-    folder: Path,
-    suffixes: set[str] | frozenset[str],
-    left_out: frozenset[str],
-    what: str,
-    seed: int,
+    folder: Path, suffixes: frozenset[str], left_out: frozenset[str], what: str, seed: int
 ) -> Iterator[str]:
-    paths = (path for path in folder.rglob("*") if path.suffix in suffixes)
-    names = {path.relative_to(folder).as_posix(): path for path in paths}
-    wanted = [name for name in names if left_out.isdisjoint(name.split("/"))]
-    if not wanted:
+    paths = found_files(folder, suffixes, left_out)
+    if not paths:
         raise InputError(
             f"expected the {what} in {folder}, but there is no such file; install it, "
             "or give your own corpora instead of running the demo"
         )
-    for name in sorted(wanted, key=lambda name: hash_order(seed, name)):
-        yield read(names[name])
+    for name in sorted(paths, key=lambda name: hash_order(seed, name)):
+        yield read(paths[name])
+
+
+def found_files(
+    folder: Path, suffixes: frozenset[str], left_out: frozenset[str]
+) -> dict[str, Path]:
+    """The files below a folder by relative name, without those below a folder left out."""
+    found, endings = {}, tuple(suffixes)
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in left_out]
+        for name in names:
+            if name.endswith(endings):
+                path = Path(place, name)
+                found[path.relative_to(folder).as_posix()] = path
+    return found
 
 
 def read(path: Path) -> str:
@@ -113,20 +138,28 @@ def read(path: Path) -> str:
 
 
 def _prose(seed: int) -> Iterator[str]:
-    descriptions, pages, modules = _distributions()
-    modules = dict(sorted(modules.items(), key=lambda item: hash_order(seed, item[0])))
-    chosen = {name: modules[name] for name in list(modules)[:_MODULES_READ]}
-    texts = topics() | descriptions
-    if not texts and not pages and not chosen:
+    texts = topics() | _descriptions()
+    files: dict[str, Path] = {}
+    for folder in package_folders():
+        files |= found_files(folder, _PROSE_SUFFIXES | {".py"}, _PROSE_LEFT_OUT)
+    if not texts and not files:
         raise InputError(
             "expected documentation of installed distributions or pydoc topics, but there is "
             "none; install some packages, or give your own corpora instead of running the demo"
         )
-    for name in sorted({*texts, *pages, *chosen}, key=lambda name: hash_order(seed, name)):
-        if name in chosen:
-            yield _docstrings(read(chosen[name]))
-        else:
-            yield texts[name] if name in texts else read(pages[name])
+    modules = sorted(
+        (name for name in files if name.endswith(".py")), key=lambda name: hash_order(seed, name)
+    )
+    left_out = set(modules[_MODULES_READ:])
+    for name in sorted({*texts, *files} - left_out, key=lambda name: hash_order(seed, name)):
+        text = texts[name] if name in texts else read(files[name])
+        yield _docstrings(text) if name.endswith(".py") else text
+
+
+def package_folders() -> list[Path]:
+    """The folders that hold the installed distributions."""
+    paths = sysconfig.get_paths()
+    return sorted({Path(paths["purelib"]), Path(paths["platlib"])})
 
 
 def topics() -> dict[str, str]:
@@ -142,18 +175,10 @@ def _docstrings(source: str) -> str:
     return "\n\n".join(match[1] for match in _DOCSTRING.finditer(source))
 
 
-def _distributions() -> tuple[dict[str, str], dict[str, Path], dict[str, Path]]:
-    descriptions: dict[str, str] = {}
-    pages: dict[str, Path] = {}
-    modules: dict[str, Path] = {}
+def _descriptions() -> dict[str, str]:
+    texts = {}
     for distribution in importlib.metadata.distributions():
-        metadata = distribution.metadata
-        body = metadata.get_payload()  # pyright: ignore[reportAttributeAccessIssue]
-        descriptions[f"{metadata['Name']}/METADATA"] = str(body or metadata.get("Description", ""))
-        for path in distribution.files or ():
-            wanted = modules if path.suffix == ".py" else pages
-            if path.suffix not in {".py", *_PROSE_SUFFIXES} or ".dist-info" in str(path):
-                continue
-            if _PROSE_LEFT_OUT.isdisjoint(path.parts):
-                wanted[f"{metadata['Name']}/{path}"] = Path(str(distribution.locate_file(path)))
-    return descriptions, pages, modules
+        headers: Any = distribution.metadata
+        text = headers.get_payload() or headers.get("Description", "")
+        texts[f"{headers['Name']}/METADATA"] = str(text)
+    return texts

@@ -42,7 +42,7 @@ def train_base(
 ) -> None:
     """Train a new model on equal parts of every domain and save it to `folder`."""
     reader = AutoTokenizer.from_pretrained(tokenizer)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config(size, reader))
     windows = [read_windows(corpora, domain, reader, size.context_length) for domain in DOMAINS]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from moiety.analysis.report import write_report
+from moiety.analysis.report import report
 from moiety.errors import InputError, OutputError
 
 HOSTILE = [
@@ -58,7 +58,7 @@ class Outline(HTMLParser):
 @pytest.fixture
 def hostile(plant: Callable[..., Path], tmp_path: Path) -> Path:
     trace = plant(purity=0.8, texts=HOSTILE, domains=DOMAINS)
-    return write_report(trace, tmp_path / "report.html", RESULTS)
+    return report(trace, tmp_path / "report.html", RESULTS)
 
 
 def data_of(page: str, name: str) -> Any:
@@ -87,7 +87,9 @@ def test_nothing_is_fetched_and_no_markup_comes_from_data(hostile: Path) -> None
     assert "src" not in names
     addresses = [value for name, value in outline.attributes if name == "href"]
     assert addresses == ["#tokens"]
-    assert "default-src 'none'" in page
+    policy = next(value for name, value in outline.attributes if name == "content")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert page.count("plotly.js v") == 1
 
 
@@ -105,7 +107,7 @@ def test_hostile_text_is_shown_as_text(hostile: Path) -> None:
 
 
 def test_view_is_bounded_and_shared_by_domains(plant: Callable[..., Path], tmp_path: Path) -> None:
-    out = write_report(plant(), tmp_path / "report.html", max_view_tokens=100)
+    out = report(plant(), tmp_path / "report.html", max_view_tokens=100)
     view = data_of(out.read_text(), "view-data")
     sizes = [0] * 4
     for document in view["documents"]:
@@ -115,7 +117,7 @@ def test_view_is_bounded_and_shared_by_domains(plant: Callable[..., Path], tmp_p
 
 
 def test_report_without_results_or_own_experts(plant: Callable[..., Path], tmp_path: Path) -> None:
-    out = write_report(plant(), tmp_path / "report.html", own_expert={})
+    out = report(plant(), tmp_path / "report.html", own_expert={})
     outline = Outline(out.read_text())
     assert "controls" not in outline.ids
     assert "own" not in outline.ids
@@ -124,16 +126,16 @@ def test_report_without_results_or_own_experts(plant: Callable[..., Path], tmp_p
 
 def test_same_trace_gives_the_same_bytes(plant: Callable[..., Path], tmp_path: Path) -> None:
     trace = plant()
-    first, again = (write_report(trace, tmp_path / name, RESULTS) for name in ("a.html", "b.html"))
+    first, again = (report(trace, tmp_path / name, RESULTS) for name in ("a.html", "b.html"))
     assert first.read_bytes() == again.read_bytes()
 
 
 def test_wrong_places_are_refused(plant: Callable[..., Path], tmp_path: Path) -> None:
     trace = plant()
     with pytest.raises(OutputError, match="is a folder"):
-        write_report(trace, tmp_path)
+        report(trace, tmp_path)
     with pytest.raises(InputError, match="max_view_tokens"):
-        write_report(trace, tmp_path / "report.html", max_view_tokens=0)
+        report(trace, tmp_path / "report.html", max_view_tokens=0)
     with pytest.raises(InputError, match="results: loss"):
-        write_report(trace, tmp_path / "report.html", {"loss": {"base": {"law": "many"}}})
+        report(trace, tmp_path / "report.html", {"loss": {"base": {"law": "many"}}})
     assert not (tmp_path / "report.html").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moiety.analysis.report import write_report
+from moiety.analysis.report import report
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = (
@@ -55,9 +55,9 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on PAT
 
 
 @pytest.fixture
-def report(plant: Callable[..., Path], tmp_path: Path) -> Path:
+def page(plant: Callable[..., Path], tmp_path: Path) -> Path:
     trace = plant(purity=0.9, texts=[ATTACK, " held", "", "\n"])
-    return write_report(trace, tmp_path / "report.html", {"bytes": {"composite": 1e6}})
+    return report(trace, tmp_path / "report.html", {"bytes": {"composite": 1e6}})
 
 
 def browse(page: Path, profile: Path) -> tuple[str, str]:
@@ -69,22 +69,24 @@ def browse(page: Path, profile: Path) -> tuple[str, str]:
     return done.stdout, "\n".join(console)
 
 
-def test_page_renders_without_errors_or_hostile_execution(report: Path, tmp_path: Path) -> None:
-    page, console = browse(report, tmp_path / "profile")
+def test_page_renders_without_errors_or_hostile_execution(page: Path, tmp_path: Path) -> None:
+    dom, console = browse(page, tmp_path / "profile")
     assert console == ""
-    assert "<title>Routing of tiny: Experts specialise" in page
-    assert page.count('role="option"') == 20
-    assert re.search(r'aria-label="[^"]*: arithmetic \d+%', page)
-    assert "<img" not in page.replace("<img src=x onerror", "", 0).split("<main>")[1]
-    assert page.count('class="main-svg"') >= 3
+    assert "<title>Routing of tiny: Experts specialise" in dom
+    assert dom.count('role="option"') == 20
+    assert re.search(r'aria-label="[^"]*: arithmetic \d+%', dom)
+    assert "owned" not in dom[: dom.index("</title>")]
+    body = re.sub(r"<script.*?</script>|<style.*?</style>", "", dom, flags=re.S)
+    assert "<img" not in body.replace('aria-label="', "").replace(ATTACK, "")
+    assert dom.count('class="main-svg"') >= 3
 
 
-def test_keys_and_controls(report: Path, tmp_path: Path) -> None:
+def test_keys_and_controls(page: Path, tmp_path: Path) -> None:
     driver = tmp_path / "driver.html"
     driver.write_text(DRIVER)
-    page, console = browse(driver, tmp_path / "profile")
+    dom, console = browse(driver, tmp_path / "profile")
     assert console == ""
-    found = re.search(r'<pre id="result">(.*?)</pre>', page, re.S)
+    found = re.search(r'<pre id="result">(.*?)</pre>', dom, re.S)
     assert found is not None
     lines = found[1].splitlines()
     assert [line.rsplit("|", 1)[0] for line in lines[:5]] == [

@@ -29,7 +29,7 @@ RESULTS: dict[str, Any] = {
         "uniform": {"code": 2.0, "law": 3.0},
         "composite": {"code": 1.25, "law": 2.25},
         "expert": {"code": 1.5},
-        "sequence_level": {"code": 1.0, "law": float("nan")},
+        "new_merge": {"code": 1.0, "law": float("nan")},
     },
     "accuracy": {"arithmetic": {"base": 0.25, "composite": 0.5}},
     "bytes": {"dense_composite": 2_000_000_000, "composite": 1_100_000_000},
@@ -46,7 +46,7 @@ def test_controls_are_named_ordered_and_averaged_honestly() -> None:
         ("composite, learned router", "1.250", "2.250", "1.750"),
         ("composite, uniform route", "2.000", "3.000", "2.500"),
         ("composite, oracle route (own-domain expert)", "1.000", "2.000", "1.500"),
-        ("sequence level", "1.000", ABSENT, ABSENT),
+        ("new merge", "1.000", ABSENT, ABSENT),
     )
     assert "256" in table.note
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from moiety.analysis.trace import Trace, trace
+from moiety.analysis.trace import Trace, trace_model
 from moiety.analysis.trace_file import HEADER, ROUTES
 from moiety.errors import InputError, OutputError
 from moiety.routers.gates import find_gates, forced, uniform
@@ -34,7 +34,7 @@ def data(tokenizer: Any) -> dict[str, Windows]:
 
 @pytest.fixture
 def traced(model: Any, tokenizer: Any, data: dict[str, Windows], tmp_path: Path) -> Trace:
-    return Trace.open(trace(model, tokenizer, data, tmp_path / "trace", batch_size=3))
+    return Trace.open(trace_model(model, tokenizer, data, tmp_path / "trace", batch_size=3))
 
 
 def by_hand(model: Any, windows: Windows, row: int) -> tuple[list[Any], torch.Tensor]:
@@ -112,7 +112,7 @@ def test_forced_routes_are_recorded_as_forced(
     model: Any, tokenizer: Any, data: dict[str, Windows], tmp_path: Path
 ) -> None:
     with forced(find_gates(model), uniform()):
-        found = Trace.open(trace(model, tokenizer, data, tmp_path / "trace"))
+        found = Trace.open(trace_model(model, tokenizer, data, tmp_path / "trace"))
     assert found.header.active == len(found.header.experts)
     assert (found.weights_TLA == 0.25).all()
 
@@ -121,7 +121,7 @@ def test_training_mode_is_restored(
     model: Any, tokenizer: Any, data: dict[str, Windows], tmp_path: Path
 ) -> None:
     model.train()
-    trace(model, tokenizer, data, tmp_path / "trace", experts=["a", "b", "c", "d"])
+    trace_model(model, tokenizer, data, tmp_path / "trace", experts=["a", "b", "c", "d"])
     assert model.training
 
 
@@ -141,18 +141,18 @@ def test_wrong_inputs_are_refused(
     law = data["law"]
     empty = dataclasses.replace(law, mask_WC=torch.zeros_like(law.mask_WC))
     with pytest.raises(InputError, match="name each of the 4 experts once"):
-        trace(model, tokenizer, data, out, experts=["a", "a", "b", "c"])
+        trace_model(model, tokenizer, data, out, experts=["a", "a", "b", "c"])
     with pytest.raises(InputError, match="at least one domain"):
-        trace(model, tokenizer, {}, out)
+        trace_model(model, tokenizer, {}, out)
     with pytest.raises(InputError, match="'law' has none"):
-        trace(model, tokenizer, {"law": empty}, out)
+        trace_model(model, tokenizer, {"law": empty}, out)
     with pytest.raises(InputError, match="has no gates"):
-        trace(torch.nn.Linear(2, 2), tokenizer, data, out)
+        trace_model(torch.nn.Linear(2, 2), tokenizer, data, out)
     assert not out.exists()
     out.mkdir()
     (out / "kept").write_text("x")
     with pytest.raises(OutputError, match="absent or empty"):
-        trace(model, tokenizer, data, out)
+        trace_model(model, tokenizer, data, out)
 
 
 def _edit(path: Path, **changes: Any) -> None:

@@ -1,0 +1,213 @@
+"""Every control of a build on held-out text: the models it came from, merges, other routers."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from moiety.analysis.evaluate import (
+    Problem,
+    Scores,
+    as_tables,
+    device_name,
+    domain_scores,
+    exact_match,
+    model_bytes,
+    read_problems,
+    router_scores,
+    speed,
+)
+from moiety.compose import merge
+from moiety.compose.builder import Builder
+from moiety.compose.composite import Composite, open_composite
+from moiety.compose.recipe import Recipe
+from moiety.compose.shared import WEIGHTS
+from moiety.compose.stages import Stages
+from moiety.errors import InputError
+from moiety.files import digest_of_folder, read_json, write_json
+from moiety.progress import SILENT, Progress
+from moiety.routers import find_gates, forced, one_hot
+from moiety.text import Windows, read_documents, token_windows
+
+TUNING_WINDOWS = 16
+
+
+def evaluate_build(
+    recipe: Recipe, composite: Path, work: Path, progress: Progress = SILENT
+) -> dict[str, Any]:
+    """Measure a built composite and all its controls; kept as the stage `evaluate` in `work`.
+
+    Rows of `loss` and `bits_per_byte` (by domain): `base`, `soup`, `task_arithmetic` (its weight
+    chosen on calibration text) and, on its own domain, each `finetune` and sparse `expert`; the
+    composite with dense experts (`composite_dense`), as it is (`composite`) and under the
+    controls of `router_scores`. Raises InputError when a domain has no held-out text.
+    """
+    stages = Stages(work, progress)
+    controls = Controls(recipe, composite, work, progress)
+    problems = {name: str(path) for name, path in recipe.evaluate.problems.items()}
+    inputs = {
+        "composite": digest_of_folder(composite),
+        "heldout": {name: len(windows) for name, windows in controls.heldout.items()},
+        "models": controls.builder.key,
+        "problems": problems,
+        "evaluate": recipe.evaluate.model_dump(),
+    }
+
+    def make(scratch: Path) -> None:
+        write_json(scratch / "results.json", controls.results())
+
+    results = read_json(stages.run("evaluate", inputs, make) / "results.json")
+    return {**results, "seconds": {"evaluate": stages.seconds["evaluate"]}}
+
+
+class Controls:
+    """The rows of the controls' table, one group after another."""
+
+    def __init__(
+        self, recipe: Recipe, composite: Path, work: Path, progress: Progress = SILENT
+    ) -> None:
+        self.recipe = recipe
+        self.composite = composite
+        self.work = work
+        self.progress = progress
+        self.builder = Builder(recipe, Stages(work))
+        self.heldout = self._heldout()
+        self.problems = {
+            name: read_problems(path) for name, path in recipe.evaluate.problems.items()
+        }
+        self.rows: dict[str, Scores] = {}
+        self.accuracy: dict[str, dict[str, float]] = {name: {} for name in self.problems}
+        self.speeds: dict[str, dict[str, float]] = {}
+        self.sizes: dict[str, int] = {}
+        self.merge_weight = 0.0
+
+    def _heldout(self) -> dict[str, Windows]:
+        windows: dict[str, Windows] = {}
+        for expert in self.recipe.experts:
+            if expert.domain.heldout is None:
+                raise InputError(
+                    f"expected held-out text for expert {expert.name} to measure on; "
+                    "give domain.heldout in the recipe"
+                )
+            windows[expert.name] = token_windows(
+                self.builder.tokenizer,
+                read_documents(expert.domain.heldout),
+                self.recipe.context_length,
+                self.recipe.evaluate.windows,
+            )
+        return windows
+
+    def results(self) -> dict[str, Any]:
+        """Measure everything; the layout is that of `results.json`."""
+        groups = (self._merges, self._own_models, self._dense_composite, self._sparse_composite)
+        for group in self.progress.track(groups, "measure models and controls", len(groups)):
+            group()
+        return {
+            "context_length": self.recipe.context_length,
+            "seed": self.recipe.seed,
+            "domains": self.recipe.names,
+            **as_tables(self.rows),
+            "accuracy": self.accuracy,
+            "bytes": self.sizes,
+            "tokens_per_second": self.speeds,
+            "choices": {
+                "shared": read_json(self.builder.chosen / "choice.json")["chosen"],
+                "task_arithmetic_weight": self.merge_weight,
+            },
+            "device": device_name(),
+        }
+
+    def _merges(self) -> None:
+        base, finetunes = self.builder.base, self.builder.finetunes
+        model = _open(base.folder)
+        self._measure("base", model)
+        self.speeds["base"] = speed(model)
+        self.merge_weight = self._best_weight(model)
+        _replace(model, merge.soup(finetunes, merge.everything))
+        self._measure("soup", model)
+        merged = merge.task_arithmetic(base, finetunes, self.merge_weight, merge.everything)
+        _replace(model, merged)
+        self._measure("task_arithmetic", model)
+
+    def _best_weight(self, model: PreTrainedModel) -> float:
+        """The task-arithmetic weight with the least loss on calibration text."""
+        data = {n: w.select(slice(TUNING_WINDOWS)) for n, w in self.builder.calibration.items()}
+        losses: dict[float, float] = {}
+        for weight in WEIGHTS:
+            base, finetunes = self.builder.base, self.builder.finetunes
+            _replace(model, merge.task_arithmetic(base, finetunes, weight, merge.everything))
+            scores = domain_scores(model, data, self.recipe.batch_size)
+            losses[weight] = sum(score.loss for score in scores.values())
+        return min(losses, key=lambda weight: losses[weight])
+
+    def _own_models(self) -> None:
+        """Each finetune and each sparse expert on its own domain."""
+        for name in self.recipe.names:
+            own = {name: self.heldout[name]}
+            self._measure("finetune", _open(self.builder.finetunes[name].folder), own)
+            self._measure("expert", _open(self.builder.experts[name]), own)
+
+    def _dense_composite(self) -> None:
+        with tempfile.TemporaryDirectory(dir=self.work, prefix=".dense.") as folder:
+            self.builder.write(Path(folder), dense=True)
+            dense = open_composite(folder)
+        self._measure("composite_dense", dense.model)
+        self.speeds["composite_dense"] = speed(dense.model)
+
+    def _sparse_composite(self) -> None:
+        composite = open_composite(self.composite)
+        self.rows.update(
+            router_scores(
+                composite,
+                self.heldout,
+                seed=self.recipe.seed,
+                batch_size=self.recipe.batch_size,
+                progress=self.progress,
+            )
+        )
+        self._answer("composite", composite.model, self.problems)
+        for name in self.problems:
+            with _oracle(composite, name) as known:
+                if known:
+                    self._answer("oracle", composite.model, {name: self.problems[name]})
+        self.speeds["composite"] = speed(composite.model)
+        self.sizes = model_bytes(composite.model)
+
+    def _measure(
+        self, row: str, model: PreTrainedModel, data: Mapping[str, Windows] | None = None
+    ) -> None:
+        scores = domain_scores(model, data or self.heldout, self.recipe.batch_size)
+        self.rows.setdefault(row, {}).update(scores)
+        asked = {n: p for n, p in self.problems.items() if data is None or n in data}
+        self._answer(row, model, asked)
+
+    def _answer(
+        self, row: str, model: PreTrainedModel, problems: Mapping[str, list[Problem]]
+    ) -> None:
+        for name, problem_set in problems.items():
+            self.accuracy[name][row] = exact_match(model, self.builder.tokenizer, problem_set)
+
+
+@contextmanager
+def _oracle(composite: Composite, domain: str) -> Iterator[bool]:
+    """Route every token to the expert of `domain`; gives False where there is none."""
+    if domain not in composite.experts:
+        yield False
+        return
+    with forced(find_gates(composite.model), one_hot(composite.experts.index(domain))):
+        yield True
+
+
+def _open(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+@torch.no_grad()
+def _replace(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        model.get_parameter(name).copy_(tensor)

@@ -1,0 +1,1 @@
+"""What moiety claims, measured against peers in the same run."""

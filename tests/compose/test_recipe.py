@@ -1,0 +1,90 @@
+"""Recipes: what is read, and how a mistake is explained."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moiety.compose import Recipe
+from moiety.errors import InputError
+
+GOOD = """\
+base: base
+experts:
+  - name: code
+    model: code
+    domain: code.jsonl
+  - name: law
+    model: law
+    domain:
+      calibration: law.jsonl
+      heldout: law.heldout.jsonl
+prune:
+  pattern: 2:4
+compose:
+  kind: mixture
+  top_k: 1
+"""
+
+
+def read(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return Recipe.read(path)
+
+
+def test_a_recipe_reads_and_writes_itself(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    recipe = read(tmp_path, GOOD)
+    assert recipe.base == str((tmp_path / "base").resolve())
+    assert recipe.experts[0].model == "code"
+    assert recipe.experts[0].domain.calibration == "code.jsonl"
+    assert recipe.compose.top_k == 1
+    assert read(tmp_path, recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("prune:", "prunes:", r"line 11: unknown field prunes; did you mean prune\?"),
+        ("top_k: 1", "topk: 1", r"line 15: unknown field compose\.topk; did you mean top_k\?"),
+        ("calibration:", "calibrate:", r"unknown field experts\.1\.domain\.calibrate; did you"),
+        ("top_k: 1", "top_k: 0", r"line 15: compose\.top_k: .*greater than or equal to 1.* 0"),
+        ("top_k: 1", "top_k: 3", r"top_k must be at most the number of experts \(2\)"),
+        ("name: law", "name: code", "every name must be used once, but code is twice"),
+        ("kind: mixture", "kind: soup", r"line 14: compose\.kind: .*'mixture'.*'soup'"),
+        ("base: base\n", "", "base: Field required"),
+        ("model: law", "model: [1]", r"line 7: experts\.1\.model: .*string"),
+        ("name: law", "name: ../law", r"line 6: experts\.1\.name: .*pattern"),
+        ("experts:", "experts: [", "expected YAML"),
+    ],
+)
+def test_a_mistake_names_its_line_and_field(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, GOOD.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words"])
+def test_something_else_than_a_recipe(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match="expected fields such as base and experts"):
+        read(tmp_path, text)
+
+
+def test_an_absent_recipe(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected a recipe at .*nowhere\.yaml"):
+        Recipe.read(tmp_path / "nowhere.yaml")
+
+
+def test_yaml_cannot_execute(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected YAML"):
+        read(tmp_path, "base: !!python/object/apply:os.system ['true']\n")
+
+
+def test_python_objects_say_the_same(world: Any) -> None:
+    values = world.recipe()
+    recipe = Recipe.model_validate(values)
+    assert recipe.names == list(world.finetunes)
+    assert yaml.safe_load(recipe.to_yaml())["route"]["train_steps"] == 4
