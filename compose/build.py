@@ -47,7 +47,7 @@ def build(
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     out = Path(out).absolute()
-    work = out.with_name(f"{out.name}.stages") if work is None else Path(work)
+    work = default_work(out) if work is None else Path(work)
     if not (out / RECORD).is_file():
         check_new_folder(out)
     progress.note("checking the recipe")
@@ -61,6 +61,12 @@ def build(
         write_json(scratch / RECORD, report.to_dict())
         write_text(scratch / "recipe.yaml", recipe.to_yaml())
     return report
+
+
+def default_work(out: str | Path) -> Path:
+    """Where a build keeps its stages unless told otherwise: beside the composite."""
+    out = Path(out).absolute()
+    return out.with_name(f"{out.name}.stages")
 
 
 def _report(builder: Builder, out: Path) -> BuildReport:

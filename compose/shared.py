@@ -16,6 +16,7 @@ from moiety.routers import find_gates, forced, one_hot
 from moiety.scoring import score
 from moiety.text import Windows
 
+CHOICE_WINDOWS = 32
 WEIGHTS = (0.15, 0.25, 0.4, 0.6)
 
 
@@ -67,9 +68,11 @@ def choose(
 ) -> dict[Candidate, float]:
     """Calibration loss of the mixture under the oracle route for every candidate.
 
-    `model` is a mixture of the final experts, `data` calibration windows in the experts' order;
-    its shared part is overwritten. Domains count the same.
+    `model` is a mixture of the final experts, `data` calibration windows in the experts' order,
+    of which the first `CHOICE_WINDOWS` are used; its shared part is overwritten. Domains count
+    the same.
     """
+    data = {name: windows.select(slice(CHOICE_WINDOWS)) for name, windows in data.items()}
     losses: dict[Candidate, float] = {}
     for candidate in progress.track(tried, "try shared parts", len(tried)):
         replace_shared(model, candidate.tensors(base, finetunes))

@@ -9,7 +9,6 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 from rich.console import Console
 
@@ -21,11 +20,13 @@ app = typer.Typer(
     name="moiety",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Several domain finetunes of one base model as one sparse, routed model.",
 )
 
+INTERRUPTED = 130
 PIPELINE, READING, START = "Pipeline", "Reading a composite", "Start here"
 Data = Annotated[
     list[str],
@@ -123,22 +124,31 @@ def build(
     recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file.")],
     out: Annotated[Path, typer.Option(help="New folder for the composite.")],
     work: Annotated[Path | None, typer.Option(help="Stages; default: OUT.stages.")] = None,
+    measure: Annotated[
+        bool, typer.Option(help="Measure it with all controls, if held-out text is given.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """A recipe to a composite; started again after an interruption, it goes on."""
-    from moiety.analysis.tables import Table
+    from moiety.analysis.controls import evaluate_build
+    from moiety.analysis.tables import Table, controls_table, resources_table
+    from moiety.compose import Recipe, default_work
     from moiety.compose import build as run
 
     _quiet_libraries()
-    report = run(recipe, out, work=work, progress=ConsoleProgress())
+    read, work, progress = Recipe.read(recipe), work or default_work(out), ConsoleProgress()
+    report = run(read, out, work=work, progress=progress)
     values = report.to_dict()
     rows = [
         ("shared part from", report.shared),
         ("trainable parameters (the gates)", f"{report.gate_parameters:,}"),
         *((f"seconds, {stage}", f"{seconds:.1f}") for stage, seconds in report.seconds.items()),
     ]
-    table = Table(title=f"composite in {out}", columns=("", ""), rows=tuple(rows))
-    _print(values, [table], as_json)
+    tables = [Table(title=f"composite in {out}", columns=("", ""), rows=tuple(rows))]
+    if measure and all(expert.domain.heldout for expert in read.experts):
+        values["results"] = results = evaluate_build(read, report.composite, work, progress)
+        tables += [controls_table(results), resources_table(results)]
+    _print(values, tables, as_json)
 
 
 @app.command(rich_help_panel=PIPELINE)
@@ -286,25 +296,25 @@ def _quiet_libraries() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line; exit 0 if all went well, 2 for input to mend, 1 for a fault of ours."""
+    """Run the command line.
+
+    Exit codes: 0 all went well, 1 a fault of ours, 2 input to mend, 130 interrupted.
+    """
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        sys.exit(app(arguments, standalone_mode=False) or 0)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        show_error(error.format_message())
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        show_error("interrupted; the same command started again goes on where it can")
-        sys.exit(130)
+        app(arguments, prog_name="moiety")
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            show_error("interrupted; the same command started again goes on where it can")
+        raise
     except Exception as error:
+        known = isinstance(error, InputError | OutputError)
         if debug:
             traceback.print_exc()
-            sys.exit(2 if isinstance(error, InputError | OutputError) else 1)
-        if isinstance(error, InputError | OutputError):
+        elif known:
             show_error(str(error))
-            sys.exit(2)
-        show_error(f"{type(error).__name__}: {error} (run again with --debug to see where)")
-        sys.exit(1)
+        else:
+            show_error(f"{type(error).__name__}: {error} (run again with --debug to see where)")
+        sys.exit(2 if known else 1)
+    sys.exit(0)

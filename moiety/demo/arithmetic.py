@@ -1,8 +1,8 @@
 """Generated arithmetic: documents of worked problems, and problems that no training text holds.
 
-A problem is a line such as `17 + 25 = 42`. One problem in six, chosen by a hash of its operands
-(in either order), is set aside: held-out documents and exact-match prompts are made of those
-alone, and training and calibration documents never hold one.
+A problem is a line such as `17 + 25 = 42`. One problem in six, chosen by a hash of its text, is
+set aside: held-out documents and exact-match prompts are made of those alone, and training and
+calibration documents never hold one (they may hold the same sum with its operands exchanged).
 """
 
 import random
@@ -43,8 +43,7 @@ def line(a: int, sign: str, b: int) -> str:
 
 
 def _is_set_aside(seed: int, a: int, sign: str, b: int) -> bool:
-    name = f"{min(a, b)} {sign} {max(a, b)}"
-    return int(hash_order(seed, name)[:4], 16) % _SET_ASIDE == 0
+    return int(hash_order(seed, f"{a} {sign} {b}")[:4], 16) % _SET_ASIDE == 0
 
 
 def arithmetic_documents(

@@ -22,7 +22,7 @@ from moiety.progress import SILENT, Progress
 
 __all__ = ["DOMAINS", "FULL", "QUICK", "DemoModels", "DemoSize", "default_cache", "prepare"]
 
-_RECIPE = 1
+_RECIPE = 2
 """Raised whenever the code makes other bytes from the same settings and sources."""
 
 _CORPUS_SETTINGS = (

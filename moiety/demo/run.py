@@ -91,7 +91,7 @@ class Budget:
     route_steps: int
 
 
-BUDGETS = {FULL.name: Budget(128, 96, 60), QUICK.name: Budget(32, 24, 15)}
+BUDGETS = {FULL.name: Budget(128, 64, 40), QUICK.name: Budget(48, 24, 10)}
 
 
 class Demo:

@@ -1,0 +1,70 @@
+"""Complete or absent, never half-written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moiety.errors import InputError, OutputError
+from moiety.files import digest_of_folder, new_folder, read_json, write_json
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "a" / "b") as scratch:
+        (scratch / "x").write_text("1")
+        assert not (tmp_path / "a" / "b").exists()
+    assert (tmp_path / "a" / "b" / "x").read_text() == "1"
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "a") as scratch:
+        (scratch / "x").write_text("1")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, signal\nfrom moiety.files import new_folder\n"
+        f"with new_folder(pathlib.Path({str(tmp_path / 'a')!r})) as s:\n"
+        "    (s / 'x').write_text('1'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    mine = tmp_path / f".a.{os.getpid()}.kept"
+    mine.mkdir()
+    with new_folder(tmp_path / "a"):
+        assert len(list(tmp_path.glob(".a.*"))) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == [mine.name, "a"]
+
+
+def test_what_is_there_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mine").write_text("1")
+    with pytest.raises(OutputError, match="holds files"), new_folder(tmp_path / "a"):
+        pass
+    (tmp_path / "f").write_text("1")
+    with pytest.raises(OutputError, match="is a file"), new_folder(tmp_path / "f"):
+        pass
+
+
+def test_json_round_trip_and_refusals(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"ä": [1, None]})
+    assert read_json(tmp_path / "a.json") == {"ä": [1, None]}
+    (tmp_path / "b.json").write_text("{")
+    with pytest.raises(InputError, match=r"b\.json"):
+        read_json(tmp_path / "b.json")
+    with pytest.raises(InputError, match="there is none"):
+        read_json(tmp_path / "c.json")
+
+
+def test_digest_sees_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1")
+    first = digest_of_folder(tmp_path)
+    (tmp_path / "a").write_text("2")
+    second = digest_of_folder(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert len({first, second, digest_of_folder(tmp_path)}) == 3
