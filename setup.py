@@ -7,6 +7,7 @@ FOLDERS = ["compose", "routers", "experts", "analysis"]
 mapped = find_packages(include=[glob for folder in FOLDERS for glob in (folder, f"{folder}.*")])
 
 setup(
+    include_package_data=False,
     packages=[
         *find_packages(include=["moiety", "moiety.*"]),
         *(f"moiety.{package}" for package in mapped),

@@ -19,6 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from moiety.analysis.charts import information_figure, own_share_figure, share_figure
 from moiety.analysis.headline import findings, key_figures, verdict
+from moiety.analysis.samples import read_samples
 from moiety.analysis.statistics import RoutingSummary, summarise
 from moiety.analysis.tables import (
     ROWS,
@@ -92,6 +93,7 @@ def render(
         findings=findings(summary, results),
         key_figures=key_figures(summary, results),
         tables=_tables(results),
+        samples=read_samples(results),
         marked=(ROWS["composite"], SIZES["composite"]),
         routing=routing_table(summary),
         layers=layer_table(summary),

@@ -15,7 +15,6 @@ import torch
 from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from moiety.analysis.pieces import Pieces
@@ -26,6 +25,7 @@ from moiety.errors import InputError
 from moiety.files import check_new_folder, new_folder, write_json
 from moiety.progress import SILENT, Progress
 from moiety.routers.gates import Gate, Route, find_gates, watched
+from moiety.scoring import token_losses
 from moiety.text import Windows, read_documents, token_windows
 
 __all__ = ["Trace", "trace", "trace_model"]
@@ -200,7 +200,7 @@ class _Recorder:
                 for ids_C, kept_C in zip(ids_WC, kept_WC, strict=True)
                 for piece in self._pieces(ids_C[kept_C].tolist())
             ],
-            "loss": _cells(_losses(logits_WCV, ids_WC), kept_WC),
+            "loss": _cells(_losses(logits_WCV, ids_WC, kept_WC), kept_WC),
             **_route_columns(routes, self._gates, kept_WC),
         }
 
@@ -210,13 +210,10 @@ def _cells(values_WC: Tensor, kept_WC: Tensor) -> NDArray[Any]:
     return values_T if values_WC.is_floating_point() else values_T.astype(numpy.int32)
 
 
-def _losses(logits_WCV: Tensor, ids_WC: Tensor) -> Tensor:
+def _losses(logits_WCV: Tensor, ids_WC: Tensor, kept_WC: Tensor) -> Tensor:
     """Nats of predicting each token from those before it; NaN for the first of a window."""
-    losses_WC = torch.full(ids_WC.shape, float("nan"))
-    for row, logits_CV in enumerate(logits_WCV):
-        targets_C = ids_WC[row, 1:].to(logits_CV.device)
-        losses_C = cross_entropy(logits_CV[:-1].float(), targets_C, reduction="none")
-        losses_WC[row, 1:] = losses_C.cpu()
+    losses_WC = token_losses(logits_WCV, ids_WC, kept_WC).cpu()
+    losses_WC[:, 0] = float("nan")
     return losses_WC
 
 

@@ -41,12 +41,14 @@ def route(
     windows: int = 128,
     batch_size: int = 8,
     seed: int = 0,
+    checkpoint: Path | None = None,
     progress: Progress = SILENT,
 ) -> RouteReport:
     """Fit and train the gates of the composite in folder `model` and save them there.
 
     `data` gives each domain's calibration text under its expert's name. Everything but the gates
-    stays as it is, in memory and on disk.
+    stays as it is, in memory and on disk. With `checkpoint`, a folder, stopped training goes on
+    where it was.
     """
     documents = {domain: read_documents(path) for domain, path in data.items()}
     folder = Path(model)
@@ -60,7 +62,13 @@ def route(
         for domain, texts in documents.items()
     }
     report = route_model(
-        composite, cut, settings or Route(), batch_size=batch_size, seed=seed, progress=progress
+        composite,
+        cut,
+        settings or Route(),
+        batch_size=batch_size,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
     )
     save_gates(folder, composite.model)
     write_json(folder / "route.json", report.to_dict())

@@ -100,8 +100,3 @@ class Checkpoint(Mapping[str, Tensor]):
             raise InputError(
                 f"expected a transformers model in {self.folder}, but: {error}"
             ) from error
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weight files."""
-        return sum(file.stat().st_size for file in set(self.files.values()))

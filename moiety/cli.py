@@ -67,10 +67,12 @@ def demo(
     from moiety.demo.run import run
 
     _quiet_libraries()
-    results, tables = run(
+    results, shown = run(
         out, quick=quick, fresh=fresh, cache=cache, seed=seed, progress=ConsoleProgress()
     )
-    _print(results, tables, as_json)
+    _print(results, shown, as_json)
+    if not as_json:
+        ConsoleProgress().note(f"everything is in {out}; open {out / 'report.html'} in a browser")
 
 
 @app.command(rich_help_panel=PIPELINE)
@@ -159,6 +161,9 @@ def route(
     train_steps: Annotated[int, typer.Option(help="Gate-only training steps.", min=0)] = 100,
     windows: Annotated[int, typer.Option(help="Windows a domain.", min=8)] = 128,
     context_length: Context = 512,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder from which stopped training goes on.")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -177,6 +182,7 @@ def route(
         context_length=context_length,
         windows=windows,
         seed=seed,
+        checkpoint=checkpoint,
         progress=ConsoleProgress(),
     )
     rows = [
@@ -278,13 +284,13 @@ def _pairs(data: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _print(values: Any, tables: list[Any], as_json: bool) -> None:
+def _print(values: Any, shown: list[Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(values, default=str, indent=2))
         return
     console = results_console()
-    for table in tables:
-        console.print(table.to_rich())
+    for item in shown:
+        console.print(item.to_rich() if hasattr(item, "to_rich") else item)
 
 
 def _quiet_libraries() -> None:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moiety.text import IGNORED, Windows
+from moiety.text import Windows
+
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,17 @@ class Score:
         return self.nats / math.log(2) / self.bytes
 
 
-def token_losses(logits_WCV: Tensor, windows: Windows) -> Tensor:
-    """Nats of each token given those before it, (W, C); 0 for first tokens and padding."""
-    target_WC = windows.labels_WC[:, 1:]
-    nats_WC = functional.cross_entropy(
-        logits_WCV[:, :-1].float().transpose(1, 2),
-        target_WC,
+def token_losses(logits_WCV: Tensor, ids_WC: Tensor, mask_WC: Tensor) -> Tensor:
+    """Nats of each token given those before it, (W, C) in fp32; 0 for first tokens and padding."""
+    ids_WC, mask_WC = ids_WC.to(logits_WCV.device), mask_WC.to(logits_WCV.device)
+    target_WC = ids_WC.masked_fill(mask_WC == 0, IGNORED)[:, 1:]
+    nats = functional.cross_entropy(
+        logits_WCV[:, :-1].flatten(0, 1).float(),
+        target_WC.flatten(),
         reduction="none",
         ignore_index=IGNORED,
     )
-    return functional.pad(nats_WC, (1, 0))
+    return functional.pad(nats.view_as(target_WC), (1, 0))
 
 
 @torch.no_grad()
@@ -49,6 +52,7 @@ def score(model: nn.Module, windows: Windows, batch_size: int = 8) -> Score:
         logits_WCV = model(
             input_ids=part.ids_WC, attention_mask=part.mask_WC, use_cache=False
         ).logits
-        nats += float(token_losses(logits_WCV, part).sum(dtype=torch.float64))
+        losses_WC = token_losses(logits_WCV, part.ids_WC, part.mask_WC)
+        nats += float(losses_WC.sum(dtype=torch.float64))
     tokens = int(windows.mask_WC[:, 1:].sum())
     return Score(nats, tokens, int(windows.bytes_W.sum()))

@@ -15,8 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from moiety.errors import InputError
 
-IGNORED = -100
-
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
@@ -34,11 +32,6 @@ class Windows:
 
     def __len__(self) -> int:
         return self.ids_WC.shape[0]
-
-    @property
-    def labels_WC(self) -> Tensor:
-        """Token ids with padding replaced by the value that cross-entropy ignores."""
-        return self.ids_WC.masked_fill(self.mask_WC == 0, IGNORED)
 
     def select(self, chosen: Tensor | slice) -> "Windows":
         """The windows that an index, a boolean mask or a slice chooses."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moiety.errors import InputError
 from moiety.routers.gates import Gate, find_gates
+from moiety.scoring import token_losses
 from moiety.text import Windows
 
 
@@ -88,10 +89,7 @@ def run_decoder(model: nn.Module, windows: Windows) -> None:
 def next_token_loss(model: nn.Module, ids_WC: Tensor, mask_WC: Tensor) -> Tensor:
     """Sum over the predicted tokens of -log p(token | those before), in nats, as fp32."""
     outputs = model(input_ids=ids_WC, attention_mask=mask_WC, use_cache=False)
-    logits_WCV = outputs.logits[:, :-1].float()
-    targets_WC = ids_WC[:, 1:].to(logits_WCV.device)
-    kept_WC = mask_WC[:, 1:].to(logits_WCV.device).bool()
-    return nn.functional.cross_entropy(logits_WCV[kept_WC], targets_WC[kept_WC], reduction="sum")
+    return token_losses(outputs.logits, ids_WC, mask_WC).sum()
 
 
 def predicted_tokens(mask_WC: Tensor) -> Tensor:

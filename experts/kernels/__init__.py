@@ -86,9 +86,7 @@ def _check_width(name: str, tensor: Tensor, width: int) -> None:
         )
 
 
-@torch.library.custom_op("moiety::sparse_linear", mutates_args=())
-def _linear(input_TI: Tensor, values_OK: Tensor, mask_OB: Tensor, in_features: int) -> Tensor:
-    return reference.sparse_linear(input_TI, values_OK, mask_OB, in_features)
+_linear = torch.library.custom_op("moiety::sparse_linear", reference.sparse_linear, mutates_args=())
 
 
 @_linear.register_fake
@@ -96,11 +94,9 @@ def _(input_TI: Tensor, values_OK: Tensor, mask_OB: Tensor, in_features: int) ->
     return input_TI.new_empty(input_TI.shape[0], values_OK.shape[0])
 
 
-@torch.library.custom_op("moiety::sparse_linear_backward", mutates_args=())
-def _linear_backward(
-    gradient_TO: Tensor, values_OK: Tensor, mask_OB: Tensor, in_features: int
-) -> Tensor:
-    return reference.sparse_linear_backward(gradient_TO, values_OK, mask_OB, in_features)
+_linear_backward = torch.library.custom_op(
+    "moiety::sparse_linear_backward", reference.sparse_linear_backward, mutates_args=()
+)
 
 
 @_linear_backward.register_fake
@@ -125,27 +121,9 @@ def _linear_gradient(ctx, gradient_TO):
 _linear.register_autograd(_linear_gradient, setup_context=_linear_save)
 
 
-@torch.library.custom_op("moiety::sparse_experts", mutates_args=())
-def _experts(
-    hidden_TD: Tensor,
-    gate_up_values: Tensor,
-    gate_up_mask: Tensor,
-    down_values: Tensor,
-    down_mask: Tensor,
-    experts_TA: Tensor,
-    weights_TA: Tensor,
-    activation: str,
-) -> Tensor:
-    return reference.sparse_experts(
-        hidden_TD,
-        gate_up_values,
-        gate_up_mask,
-        down_values,
-        down_mask,
-        experts_TA,
-        weights_TA,
-        activation,
-    )
+_experts = torch.library.custom_op(
+    "moiety::sparse_experts", reference.sparse_experts, mutates_args=()
+)
 
 
 @_experts.register_fake
@@ -153,29 +131,9 @@ def _(hidden_TD: Tensor, *_rest: object) -> Tensor:
     return torch.empty_like(hidden_TD)
 
 
-@torch.library.custom_op("moiety::sparse_experts_backward", mutates_args=())
-def _experts_backward(
-    gradient_TD: Tensor,
-    hidden_TD: Tensor,
-    gate_up_values: Tensor,
-    gate_up_mask: Tensor,
-    down_values: Tensor,
-    down_mask: Tensor,
-    experts_TA: Tensor,
-    weights_TA: Tensor,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    return reference.sparse_experts_backward(
-        gradient_TD,
-        hidden_TD,
-        gate_up_values,
-        gate_up_mask,
-        down_values,
-        down_mask,
-        experts_TA,
-        weights_TA,
-        activation,
-    )
+_experts_backward = torch.library.custom_op(
+    "moiety::sparse_experts_backward", reference.sparse_experts_backward, mutates_args=()
+)
 
 
 @_experts_backward.register_fake

@@ -1,8 +1,11 @@
-"""Generated arithmetic: documents of worked problems, and problems that no training text holds.
+"""Generated arithmetic: documents of worked problems, and exact-match prompts.
 
-A problem is a line such as `17 + 25 = 42`. One problem in six, chosen by a hash of its text, is
-set aside: held-out documents and exact-match prompts are made of those alone, and training and
-calibration documents never hold one (they may hold the same sum with its operands exchanged).
+A problem is a line such as `7 + 12 = 19`. One problem in six, chosen by a hash of its text, is
+set aside: held-out documents are made of those alone, and training and calibration documents
+never hold one (they may hold the same sum with its operands exchanged). Exact-match prompts ask
+the others, in company that no training document has: models of this size learn these tables
+before they learn to calculate, so the accuracy says what a model knows and still knows once it
+is pruned, merged or routed.
 """
 
 import random
@@ -11,15 +14,7 @@ from functools import cache
 from moiety.demo.sources import hash_order
 from moiety.errors import InputError
 
-_LEVELS = (
-    ("+", 10, 10),
-    ("-", 10, 10),
-    ("+", 20, 20),
-    ("-", 20, 20),
-    ("+", 50, 10),
-    ("-", 50, 10),
-    ("*", 10, 10),
-)
+_LEVELS = (("+", 10, 10), ("-", 10, 10), ("*", 10, 10), ("+", 20, 20), ("-", 20, 20))
 _LINES = 24
 _WORKED = 6
 _SET_ASIDE = 6
@@ -66,9 +61,9 @@ def exact_match_problems(
 ) -> list[dict[str, str]]:
     """Make `count` different prompts, each some worked lines and one problem without its answer.
 
-    Raises InputError when fewer problems than that are set aside.
+    Raises InputError when there are fewer problems than that.
     """
-    everything = sorted({problem for level in problems(seed, True) for problem in level})
+    everything = sorted({problem for level in problems(seed, False) for problem in level})
     if count > len(everything):
         raise InputError(
             f"expected at most {len(everything)} arithmetic problems, but {count} are asked for; "

@@ -10,8 +10,9 @@ from typing import Any
 from moiety.analysis import Trace, report, summarise, trace
 from moiety.analysis.controls import evaluate_build
 from moiety.analysis.evaluate import continue_greedily
+from moiety.analysis.samples import read_samples, samples_to_rich
 from moiety.analysis.statistics import RoutingSummary
-from moiety.analysis.tables import Table, controls_table, resources_table, routing_table
+from moiety.analysis.tables import controls_table, resources_table, routing_table
 from moiety.compose import BuildReport, Recipe, build, open_composite
 from moiety.compose.recipe import Domain, Evaluate, Expert, Route
 from moiety.compose.stages import Stages
@@ -41,8 +42,8 @@ def run(
     cache: Path | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
-) -> tuple[dict[str, Any], list[Table]]:
-    """Run the demo into folder `out`; gives the results and the tables that show them.
+) -> tuple[dict[str, Any], list[Any]]:
+    """Run the demo into folder `out`; gives the results and what shows them on a terminal.
 
     Writes `recipe.yaml`, `composite/`, `trace/`, `report.html` and `results.json`. An interrupted
     run goes on from its last finished stage; a finished one is shown again. Raises OutputError
@@ -57,14 +58,15 @@ def run(
     else:
         demo.run(fresh=fresh, cache=cache)
     results = read_json(out / "results.json")
-    return results, tables(results, summarise(Trace.open(out / "trace")))
+    return results, shown(results, summarise(Trace.open(out / "trace")))
 
 
-def tables(results: dict[str, Any], summary: RoutingSummary) -> list[Table]:
-    """The tables of the report, for a terminal."""
+def shown(results: dict[str, Any], summary: RoutingSummary) -> list[Any]:
+    """The tables and samples of the report, for a terminal."""
     measures = ("loss", "bits_per_byte", "accuracy")
     controls = [controls_table(results, measure) for measure in measures]
-    return [*controls, resources_table(results), routing_table(summary)]
+    tables = [*controls, resources_table(results), routing_table(summary)]
+    return [*(table.to_rich() for table in tables), samples_to_rich(read_samples(results))]
 
 
 def _claim(out: Path, mark: dict[str, Any]) -> None:

@@ -105,26 +105,29 @@ def test_arithmetic_is_right(models: DemoModels) -> None:
             assert int(answer) == results.get(sign, int(first) * int(second))
 
 
-def test_problems_are_never_trained_on(models: DemoModels, tiny: DemoSize) -> None:
+def test_prompts_ask_new_questions_of_known_tables(models: DemoModels, tiny: DemoSize) -> None:
     rows = [json.loads(line) for line in (models.corpora / PROBLEMS).read_text().splitlines()]
-    trained = _problem_lines(models.corpora, "train") | _problem_lines(
-        models.corpora, "calibration"
-    )
+    kept = {line for level in problems(0, False) for line in level}
+    texts = [
+        text
+        for split in ("train", "calibration")
+        for text in read_documents(models.corpora / "arithmetic" / f"{split}.jsonl")
+    ]
     asked = {row["prompt"].splitlines()[-1] + row["answer"] for row in rows}
-    assert len(asked) == tiny.problems
+    assert len(asked) == tiny.problems and asked <= kept
     for row in rows:
+        assert not any(row["prompt"] in text for text in texts)
         lines = (row["prompt"] + row["answer"]).splitlines()
-        assert trained.isdisjoint(lines)
         assert lines[-1] not in lines[:-1]
 
 
-def test_problems_set_aside_are_so_in_either_order() -> None:
+def test_held_out_problems_are_never_trained_on(models: DemoModels) -> None:
     aside = {line for level in problems(0, True) for line in level}
     kept = {line for level in problems(0, False) for line in level}
     assert aside.isdisjoint(kept)
-    for line in aside:
-        first, sign, second, _, answer = line.split()
-        assert sign == "-" or f"{second} {sign} {first} = {answer}" not in kept
+    assert _problem_lines(models.corpora, "heldout") <= aside
+    assert _problem_lines(models.corpora, "train") <= kept
+    assert _problem_lines(models.corpora, "calibration") <= kept
 
 
 def test_missing_source_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
