@@ -97,18 +97,25 @@ def test_bytes_count_packed_experts_and_their_dense_twins(built: Path) -> None:
     assert difference == sizes["experts_dense"] - sizes["experts_packed"]
 
 
-def test_exact_match_compares_up_to_the_end_of_the_line(world: Any) -> None:
+def test_left_padding_does_not_change_what_is_written(world: Any) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(world.base)
     prompts = ["alpha beta", "one two three four", "x"]
     texts = continue_greedily(model, world.tokenizer, prompts, 6)
     for prompt, text in zip(prompts, texts, strict=True):
-        assert text == continue_greedily(model, world.tokenizer, [prompt], 6)[0]
-    right = [Problem(p, t.split("\n")[0]) for p, t in zip(prompts, texts, strict=True)]
-    length = max(len(p.answer.encode()) for p in right) + 1
-    whole = continue_greedily(model, world.tokenizer, prompts, length)
-    right = [Problem(p, t.split("\n")[0]) for p, t in zip(prompts, whole, strict=True)]
-    asked = [*right[:2], Problem(prompts[2], "never this")]
-    assert exact_match(model, world.tokenizer, asked) == pytest.approx(2 / 3)
+        assert [text] == continue_greedily(model, world.tokenizer, [prompt], 6)
+
+
+def test_exact_match_compares_up_to_the_end_of_the_line(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = {"right": " 42\n7 + 1", "longer": " 420", "other": " 7", "spaces": "  42 \n"}
+    monkeypatch.setattr(
+        "moiety.analysis.evaluate.continue_greedily",
+        lambda _model, _tokenizer, prompts, _tokens: [written[prompt] for prompt in prompts],
+    )
+    problems = [Problem(prompt, " 42") for prompt in written]
+    model: Any = None
+    assert exact_match(model, world.tokenizer, problems, batch_size=3) == 2 / 4
 
 
 @pytest.mark.parametrize("line", ["", "{", '{"prompt": "x"}', "[1]"])

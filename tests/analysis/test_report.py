@@ -144,7 +144,8 @@ def test_wrong_places_are_refused(plant: Callable[..., Path], tmp_path: Path) ->
 def test_samples_are_shown_as_text(plant: Callable[..., Path], tmp_path: Path) -> None:
     sample = {"prompt": "<b>in</b>\n", "continuation": "</pre><script>x</script>\0"}
     results = {"samples": {"law": sample}}
-    page = report(plant(), tmp_path / "report.html", results).read_text()
+    trace = plant()
+    page = report(trace, tmp_path / "report.html", results).read_text()
     assert "&lt;/pre&gt;&lt;script&gt;x&lt;/script&gt;␀" in page
     with pytest.raises(InputError, match=r"samples\.law"):
-        report(plant(), tmp_path / "report.html", {"samples": {"law": {"prompt": 1}}})
+        report(trace, tmp_path / "report.html", {"samples": {"law": {"prompt": 1}}})

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 from moiety.analysis import Trace, summarise
 from moiety.analysis.evaluate import model_bytes
 from moiety.compose import build
+from moiety.demo.run import run
+from moiety.errors import OutputError
 
 COMMAND = [str(Path(sys.executable).with_name("moiety")), "demo", "--quick"]
 ROWS = {
@@ -156,11 +158,9 @@ def test_a_finished_demo_is_shown_again_and_others_are_kept(
     )
     assert again.returncode == 0 and "already holds this demo" in again.stderr
     assert json.loads(again.stdout)["domains"]
-    other = subprocess.run(
-        [*COMMAND[:2], "--out", str(folder / "out")], capture_output=True, text=True
-    )
-    assert other.returncode == 2 and "holds that of" in other.stderr
+    with pytest.raises(OutputError, match="holds that of"):
+        run(folder / "out", quick=False)
     shutil.copy(folder / "out" / "recipe.yaml", tmp_path / "recipe.yaml")
-    foreign = subprocess.run([*COMMAND, "--out", str(tmp_path)], capture_output=True, text=True)
-    assert foreign.returncode == 2 and "holds files" in foreign.stderr
+    with pytest.raises(OutputError, match="holds files"):
+        run(tmp_path, quick=True)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
