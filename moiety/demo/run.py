@@ -93,7 +93,7 @@ class Budget:
     route_steps: int
 
 
-BUDGETS = {FULL.name: Budget(128, 64, 40), QUICK.name: Budget(48, 24, 10)}
+BUDGETS = {FULL.name: Budget(128, 64, 40), QUICK.name: Budget(128, 24, 10)}
 
 
 class Demo:

@@ -1,5 +1,6 @@
 """Measurements against plain ones: losses, exact answers, controls, bytes."""
 
+import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def test_exact_match_compares_up_to_the_end_of_the_line(
 ) -> None:
     written = {"right": " 42\n7 + 1", "longer": " 420", "other": " 7", "spaces": "  42 \n"}
     monkeypatch.setattr(
-        "moiety.analysis.evaluate.continue_greedily",
+        importlib.import_module("moiety.analysis.evaluate"),
+        "continue_greedily",
         lambda _model, _tokenizer, prompts, _tokens: [written[prompt] for prompt in prompts],
     )
     problems = [Problem(prompt, " 42") for prompt in written]
