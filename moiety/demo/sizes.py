@@ -54,7 +54,7 @@ FULL = DemoSize(
     finetune_steps=50,
     matrix_rate=0.012,
     vector_rate=0.012,
-    finetune_share=0.25,
+    finetune_share=0.15,
 )
 
 QUICK = DemoSize(
