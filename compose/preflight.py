@@ -62,6 +62,9 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         except InputError as error:
             yield f"expert {expert.name}: {error}"
         yield from _text_problems(expert, tokenizer, recipe.context_length)
+    for name, path in recipe.evaluate.problems.items():
+        if not Path(path).is_file():
+            yield f"evaluate.problems.{name}: expected a JSONL file at {path}, but there is none"
 
 
 def load_tokenizer(folder: Path) -> Any:

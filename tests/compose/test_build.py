@@ -225,11 +225,12 @@ def test_every_problem_is_in_one_report(world: Any, tmp_path: Path) -> None:
     values["experts"][0]["domain"] = {"calibration": str(tmp_path / "empty.txt")}
     values["experts"][1]["domain"] = {"calibration": str(tmp_path / "binary.bin")}
     values["experts"][2]["model"] = str(tmp_path / "nowhere")
+    values["evaluate"] = {"problems": {"sums": str(tmp_path / "sums.jsonl")}}
     out = tmp_path / "out"
     with pytest.raises(InputError) as caught:
         build(Recipe.model_validate(values), out)
     message = str(caught.value)
-    assert "3 problems" in message
+    assert "4 problems" in message and "evaluate.problems.sums" in message
     for part in ("expert letters", "empty.txt", "expert numbers", "binary.bin", "expert colours"):
         assert part in message
     assert not out.exists() and not list(tmp_path.glob("*stages*"))
