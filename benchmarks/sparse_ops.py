@@ -23,7 +23,7 @@ EXPERTS, ACTIVE, WIDTH, EXPERT_WIDTH = 8, 2, 512, 1408
 def _packed(rows: int, columns: int) -> Packed:
     pattern = Pattern(2, 4)
     weight = torch.randn(rows, columns) / columns**0.5
-    return pack(weight * pattern.mask(weight.abs()), pattern, torch.bfloat16)
+    return pack(weight * pattern.mask(weight.abs()), pattern)
 
 
 def linear_rows() -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def linear_rows() -> list[dict[str, Any]]:
             seconds = interleaved(
                 {
                     OURS: lambda i=input, p=packed: kernels.sparse_linear(
-                        i, p.values_OK, p.mask_OB, p.in_features
+                        i, p.values, p.mask_OB, p.in_features
                     ),
                     "linear_fp32": lambda i=input, w=single: functional.linear(i, w),
                     "linear_bf16": lambda i=half, w=dense: functional.linear(i, w),
@@ -65,7 +65,7 @@ Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _stacked(group: list[Packed]) -> tuple[torch.Tensor, torch.Tensor]:
-    values, masks = [p.values_OK for p in group], [p.mask_OB for p in group]
+    values, masks = [p.values for p in group], [p.mask_OB for p in group]
     return torch.stack(values), torch.stack(masks)
 
 

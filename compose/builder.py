@@ -21,6 +21,7 @@ from moiety.compose.route import route_model
 from moiety.compose.stages import Stages
 from moiety.experts.checkpoint import Checkpoint, local_folder
 from moiety.experts.prune import prune
+from moiety.experts.quantizer import PackedConfig
 from moiety.files import digest, digest_of_file, digest_of_folder, write_json
 from moiety.progress import SILENT, Progress
 from moiety.text import Windows, read_documents, token_windows
@@ -142,6 +143,12 @@ class Builder:
         return [Checkpoint(folder) for folder in self.experts.values()]
 
     @property
+    def packing(self) -> PackedConfig | None:
+        """How the mixture's experts are packed."""
+        each = {n: PackedConfig.of(Checkpoint(f).config) for n, f in self.experts.items()}
+        return mixture.packed_mixture(self.base.config.num_hidden_layers, each)
+
+    @property
     def shared_tensors(self) -> dict[str, Tensor]:
         """The chosen shared part."""
         return load_file(self.chosen / "shared.safetensors")
@@ -191,9 +198,9 @@ class Builder:
         *,
         dense: bool = False,
     ) -> None:
-        pattern = None if dense else self.recipe.prune.pattern
+        packed = None if dense else self.packing
         config = mixture.mixture_config(
-            self.base.config, self.recipe.names, self.recipe.compose.top_k, pattern
+            self.base.config, self.recipe.names, self.recipe.compose.top_k, packed
         )
         dtype = next(iter(shared_part.values())).dtype
         gates = gates or mixture.zero_gates(config, dtype)

@@ -5,20 +5,22 @@ attention, norms, embeddings and head are theirs, so equal experts give the base
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, MixtralConfig, PretrainedConfig
 
 from moiety.errors import InputError
+from moiety.experts.modules import check_fusable
 from moiety.experts.quantizer import PackedConfig
+from moiety.experts.shards import write_weights
 
 FAMILIES = ("llama", "mistral")
-FFN = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight(_mask)?")
+FFN = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight(_mask|_scale)?")
 EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 SAME_FIELDS = (
     "vocab_size",
@@ -58,9 +60,9 @@ def check_family(config: PretrainedConfig) -> None:
 
 
 def mixture_config(
-    base: PretrainedConfig, experts: Sequence[str], top_k: int, packed_pattern: str | None
+    base: PretrainedConfig, experts: Sequence[str], top_k: int, packed: PackedConfig | None
 ) -> MixtralConfig:
-    """The Mixtral configuration for `experts` of a base; `packed_pattern` None for dense ones.
+    """The Mixtral configuration for `experts` of a base; `packed` says how (None: dense ones).
 
     The experts' names are kept under `moiety`, so that a composite can name its own routes.
     """
@@ -74,11 +76,54 @@ def mixture_config(
     )
     config.architectures = ["MixtralForCausalLM"]
     config.moiety = {"experts": list(experts)}
-    if packed_pattern is not None:
-        layers = range(config.num_hidden_layers)
-        modules = [f"model.layers.{layer}.mlp.experts" for layer in layers]
-        config.quantization_config = PackedConfig(pattern=packed_pattern, modules=modules)
+    if packed is not None:
+        for module in packed.modules:
+            rows, columns = base.intermediate_size, base.hidden_size
+            check_fusable(packed.pattern_of(module), packed.values, rows, columns)
+        config.quantization_config = packed
     return config
+
+
+def packed_mixture(layers: int, experts: Mapping[str, PackedConfig | None]) -> PackedConfig | None:
+    """How the experts of a mixture are packed, from how each finetune is; None: not at all.
+
+    One module holds a layer's experts, so they must share the pattern of that layer and the kind
+    of values; InputError names two that differ.
+    """
+    kinds = {name: packed.values if packed else None for name, packed in experts.items()}
+    _check_alike("the experts", "kind of values", kinds)
+    patterns: dict[str, str] = {}
+    for layer in range(layers):
+        found = {
+            f"{name}'s {matrix}": _pattern(packed, f"model.layers.{layer}.mlp.{matrix}")
+            for name, packed in experts.items()
+            for matrix in EXPERT_NAMES
+        }
+        _check_alike(f"the experts of layer {layer}", "pattern", found)
+        if (pattern := next(iter(found.values()))) is not None:
+            patterns[f"model.layers.{layer}.mlp.experts"] = pattern
+    if not patterns:
+        return None
+    [(usual, _)] = Counter(patterns.values()).most_common(1)
+    own = {module: pattern for module, pattern in patterns.items() if pattern != usual}
+    kind = next(iter(kinds.values()))
+    return PackedConfig(pattern=usual, modules=list(patterns), values=kind, patterns=own)
+
+
+def _pattern(packed: PackedConfig | None, module: str) -> str | None:
+    if packed is None or module not in packed.modules:
+        return None
+    return str(packed.pattern_of(module))
+
+
+def _check_alike(what: str, quality: str, found: Mapping[str, str | None]) -> None:
+    (first, one), *rest = found.items()
+    for name, other in rest:
+        if other != one:
+            raise InputError(
+                f"expected {what} to share one {quality}, because one module holds them all, but "
+                f"{first} has {one or 'none'} and {name} has {other or 'none'}; prune them alike"
+            )
 
 
 def is_ffn(name: str) -> bool:
@@ -94,7 +139,7 @@ def mixture_tensors(
     """The tensors of the mixture in the canonical per-expert layout.
 
     `shared` gives everything that is not an expert, `experts` the FFN matrices (dense, or packed
-    with their masks), `gates` one weight (E, D) a layer. Every tensor of `shared` and every FFN
+    with their masks and scales), `gates` one weight (E, D) a layer. Every tensor of `shared` and every FFN
     tensor of the experts is used; InputError names one that has no place.
     """
     for name in shared:
@@ -113,8 +158,8 @@ def mixture_tensors(
 
 
 def _expert_name(match: re.Match[str], number: int) -> str:
-    layer, matrix, mask = match[1], EXPERT_NAMES[match[2]], match[3] or ""
-    return f"model.layers.{layer}.block_sparse_moe.experts.{number}.{matrix}.weight{mask}"
+    layer, matrix, suffix = match[1], EXPERT_NAMES[match[2]], match[3] or ""
+    return f"model.layers.{layer}.block_sparse_moe.experts.{number}.{matrix}.weight{suffix}"
 
 
 def zero_gates(config: MixtralConfig, dtype: torch.dtype) -> list[Tensor]:
@@ -130,21 +175,30 @@ def write_mixture(
     tokenizer: Any,
     generation: GenerationConfig | None,
 ) -> None:
-    """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` opens."""
-    state = {name: tensor.contiguous() for name, tensor in tensors}
-    _check_complete(state, config)
-    huggingface_hub.save_torch_state_dict(state, str(folder), safe_serialization=True)
+    """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` opens, one shard in memory.
+
+    Raises InputError when an expert lacks a tensor.
+    """
+    written: set[str] = set()
+
+    def noted() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            written.add(name)
+            yield name, tensor
+
+    write_weights(folder, noted())
+    _check_complete(written, config)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if generation is not None:
         generation.save_pretrained(folder)
 
 
-def _check_complete(state: Mapping[str, Tensor], config: MixtralConfig) -> None:
+def _check_complete(written: Set[str], config: MixtralConfig) -> None:
     for layer in range(config.num_hidden_layers):
         for number in range(config.num_local_experts):
             for matrix in EXPERT_NAMES.values():
                 block = f"model.layers.{layer}.block_sparse_moe"
                 name = f"{block}.experts.{number}.{matrix}.weight"
-                if name not in state:
+                if name not in written:
                     raise InputError(f"expected tensor {name}, but expert {number} has none")

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moiety.errors import InputError
+from moiety.experts.pattern import Pattern
 from moiety.experts.prune import PruneSettings
 from moiety.routers import FitSettings, TrainSettings
 
@@ -53,13 +54,24 @@ class Expert(Part):
 
 
 class Prune(Part):
-    """How each finetune is pruned; see moiety.experts.PruneSettings."""
+    """How each finetune is pruned; see moiety.experts.PruneSettings.
+
+    `pattern` is `2:4`, any other N:M, or the share of weights kept, such as 0.5.
+    """
 
     pattern: str = "2:4"
     sites: Literal["ffn", "all"] = "ffn"
     method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
     refit_steps: int = Field(default=20, ge=0)
-    values: Literal["bf16", "fp16", "fp32"] = "bf16"
+    values: Literal["bf16", "fp16", "fp32", "int8", "int4"] = "bf16"
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _pattern(cls, value: Any) -> Any:
+        text = str(value) if isinstance(value, float) else value
+        if isinstance(text, str):
+            Pattern.parse(text)
+        return text
 
 
 class Compose(Part):

@@ -11,9 +11,12 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from moiety.errors import InputError
-from moiety.files import read_json
+from moiety.files import digest, digest_of_file, read_json
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 
 
 def local_folder(model: str | Path) -> Path:
@@ -27,8 +30,7 @@ def local_folder(model: str | Path) -> Path:
     if path.exists():
         raise InputError(f"expected a model folder at {path}, but it is a file")
     try:
-        patterns = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
-        return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=[*MODEL_FILES]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"expected a model folder or a hub id, but {str(model)!r} is no folder here and the "
@@ -45,21 +47,30 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def _index(self) -> dict[str, Path]:
         if (self.folder / INDEX).is_file():
-            weights = read_json(self.folder / INDEX)["weight_map"]
-            names = {name: self.folder / file for name, file in weights.items()}
-            absent = sorted({str(path) for path in names.values() if not path.is_file()})
-            if absent:
-                raise InputError(f"expected the weight file {absent[0]}, but it is missing")
-            return names
-        single = self.folder / "model.safetensors"
+            return self._sharded()
+        single = self.folder / SINGLE
         if not single.is_file():
-            raise InputError(
-                f"expected weights in {self.folder} (model.safetensors or {INDEX}), "
-                "but there are none; only safetensors checkpoints are read"
-            )
+            raise InputError(_no_weights(self.folder))
         return dict.fromkeys(self._names_in(single), single)
 
+    def _sharded(self) -> dict[str, Path]:
+        index = read_json(self.folder / INDEX)
+        weights = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weights, dict) or not weights:
+            raise InputError(f"expected a weight_map in {self.folder / INDEX}, but it has none")
+        files = {tensor: self.folder / Path(file).name for tensor, file in weights.items()}
+        held = {file: set(self._names_in(file)) for file in sorted(set(files.values()))}
+        absent = sorted(tensor for tensor, file in files.items() if tensor not in held[file])
+        if absent:
+            raise InputError(
+                f"expected tensor {absent[0]} in {files[absent[0]]}, as {INDEX} says, "
+                "but it is missing; the files are incomplete"
+            )
+        return files
+
     def _names_in(self, file: Path) -> list[str]:
+        if not file.is_file():
+            raise InputError(f"expected the weight file {file}, but it is missing")
         try:
             with safe_open(file, "pt") as handle:
                 return list(handle.keys())
@@ -100,3 +111,30 @@ class Checkpoint(Mapping[str, Tensor]):
             raise InputError(
                 f"expected a transformers model in {self.folder}, but: {error}"
             ) from error
+
+
+def _no_weights(folder: Path) -> str:
+    """Why a folder without safetensors weights is refused."""
+    expected = f"expected weights in {folder} ({SINGLE} or {INDEX}), but "
+    if (folder / ADAPTER).is_file():
+        return (
+            f"{expected}it holds a PEFT adapter; merge it into its base first with "
+            "moiety.experts.source.resolve"
+        )
+    pickled = sorted(file.name for file in folder.glob("*.bin*"))
+    if pickled:
+        return (
+            f"{expected}it holds {pickled[0]}, a pickle that can run code when it is opened; "
+            "if you trust it, convert it with "
+            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW)"
+        )
+    return (
+        f"{expected}there are none; only safetensors checkpoints are read, so convert others with "
+        "transformers' from_pretrained and save_pretrained"
+    )
+
+
+def digest_of_model(folder: Path) -> str:
+    """Name a model by the contents of its weight, configuration and tokenizer files."""
+    files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
+    return digest({file.name: digest_of_file(file) for file in files if file.is_file()})

@@ -1,81 +1,55 @@
-"""Prune one finetune: calibrate, prune and refit block by block, write a packed model."""
+"""Prune one finetune: block by block, resumable, into a packed model."""
 
+import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
-from moiety.errors import InputError
-from moiety.experts import calibrate
-from moiety.experts.checkpoint import local_folder
-from moiety.experts.methods import METHODS, refit, relative_error
-from moiety.experts.modules import SparseLinear
-from moiety.experts.packing import VALUE_DTYPES, Packed, pack
+from moiety.errors import InputError, OutputError
+from moiety.experts.blocks import BlockPruner, BlockResult, allocate
+from moiety.experts.calibrate import linears_of
+from moiety.experts.companions import copy_companions
+from moiety.experts.delta import base_of, mark_task_vector
+from moiety.experts.journal import Journal, fingerprint
+from moiety.experts.matrix import MatrixReport
 from moiety.experts.pattern import Pattern
-from moiety.experts.quantizer import PackedConfig, PackedQuantizer
-from moiety.files import check_new_folder, new_folder, write_json
+from moiety.experts.recovery.block import BlockRecovery
+from moiety.experts.settings import PruneSettings
+from moiety.experts.shards import write_weights
+from moiety.experts.source import resolve
+from moiety.experts.stream import StreamedModel
+from moiety.experts.unpack import dense_view
+from moiety.experts.write import PrunedWeights, packed_config, stored_bytes
+from moiety.files import check_new_folder, digest, new_folder, read_json, write_json
 from moiety.progress import SILENT, Progress
-from moiety.text import Windows, read_documents, token_windows
+from moiety.text import packed_windows, read_documents
+from moiety.version import __version__
 
-SITES = ("ffn", "attention", "all")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneSettings:
-    """How to prune: pattern, which linear layers, method, refit and calibration size.
-
-    `refit_steps` conjugate-gradient steps follow the method (0: none); `windows` calibration
-    windows of `context_length` tokens; kept values are stored as `values`.
-    """
-
-    pattern: str = "2:4"
-    sites: str = "ffn"
-    method: str = "sparsegpt"
-    refit_steps: int = 20
-    context_length: int = 512
-    windows: int = 128
-    batch_size: int = 8
-    values: str = "bf16"
-
-    def __post_init__(self) -> None:
-        Pattern.parse(self.pattern)
-        for name, allowed in (("sites", SITES), ("method", METHODS), ("values", VALUE_DTYPES)):
-            if getattr(self, name) not in allowed:
-                raise InputError(
-                    f"{name} must be one of {', '.join(allowed)}, but it is {getattr(self, name)!r}"
-                )
-        for name, least in (("refit_steps", 0), ("windows", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise InputError(
-                    f"{name} must be at least {least}, but it is {getattr(self, name)}"
-                )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatrixReport:
-    """One pruned matrix: relative output error on calibration text before and after the refit."""
-
-    name: str
-    shape: tuple[int, int]
-    error_after_method: float
-    error_after_refit: float
+REPORT = "pruning.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneReport:
-    """What pruning did; also written to `pruning.json` beside the weights."""
+    """What pruning did; all but `seconds` and `blocks_resumed` is also in `pruning.json`.
+
+    `errors` are the means over the matrices of each step's relative output error, `recovery` the
+    figures of each block's reconstruction, `rounds` the patterns and errors of earlier rounds.
+    """
 
     settings: PruneSettings
     calibration_tokens: int
     dense_bytes: int
     packed_bytes: int
-    seconds: float
-    matrices: list[MatrixReport] = field(default_factory=list)
+    errors: dict[str, float]
+    matrices: list[MatrixReport]
+    recovery: list[dict[str, Any]]
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    blocks_resumed: int = 0
+    seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-like form."""
@@ -88,115 +62,245 @@ def prune(
     data: str | Path | Sequence[str],
     settings: PruneSettings | None = None,
     progress: Progress = SILENT,
+    *,
+    base: str | Path | None = None,
+    masks: str | Path | None = None,
+    work: str | Path | None = None,
+    reuse: bool = False,
 ) -> PruneReport:
-    """Prune a model (folder or hub id) on its own domain's text and write a packed one to `out`.
+    """Prune a model on its own domain's text and write a packed one to `out`.
 
-    `data` is a corpus file or folder, or a list of documents. The result opens through
-    `AutoModelForCausalLM.from_pretrained` after `import moiety`. Raises InputError or
-    OutputError before any long work when something does not fit.
-    """
-    settings = settings or PruneSettings()
-    out = Path(out)
-    check_new_folder(out)
-    documents = read_documents(data) if isinstance(data, str | Path) else list(data)
-    folder = local_folder(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    windows = token_windows(tokenizer, documents, settings.context_length, settings.windows)
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    report = prune_model(network, windows, settings, progress)
-    with new_folder(out) as scratch:
-        network.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        write_json(scratch / "pruning.json", report.to_dict())
-    return report
+    `model` is a folder, a hub id or a PEFT adapter; `data` a corpus (see
+    `moiety.text.read_documents`) or a list of documents. With `base`, what is pruned is the task
+    vector, and the base stays dense (open the result with `open_delta`). With `masks`, a packed
+    model, its masks are taken over and only the values are fitted. Otherwise the result opens
+    through `AutoModelForCausalLM.from_pretrained` after `import moiety`.
 
-
-@torch.no_grad()
-def prune_model(
-    model: PreTrainedModel,
-    windows: Windows,
-    settings: PruneSettings,
-    progress: Progress = SILENT,
-) -> PruneReport:
-    """Prune a model in memory; its chosen linear layers become packed SparseLinear modules.
-
-    Sequential: every block is calibrated on what the pruned blocks before it put out.
+    Finished blocks are kept in `work` (default: `OUT.pruning`) until all are done, so that the
+    same call goes on after a kill; with `reuse`, a finished `out` of the same call is taken as it
+    is. Raises InputError or OutputError before any long work when
+    something does not fit.
     """
     start = time.perf_counter()
-    prefix, blocks = calibrate.decoder_blocks(model)
-    _check_widths(blocks, settings)
-    batches = calibrate.capture(model, windows, settings.batch_size)
-    packed: dict[str, Packed] = {}
-    matrices: list[MatrixReport] = []
-    for index, block in progress.track(enumerate(blocks), "prune blocks", len(blocks)):
-        linears = dict(calibrate.linears_of(block, settings.sites))
-        grams = calibrate.GramCollector(linears).run(block, batches)
-        for name, linear in linears.items():
-            full_name = f"{prefix}.{index}.{name}"
-            packed[full_name], matrix = _prune_matrix(full_name, linear, grams[name], settings)
-            matrices.append(matrix)
-        calibrate.advance(block, batches)
-    dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    install_packed(model, packed, settings.pattern)
-    return PruneReport(
-        settings=settings,
-        calibration_tokens=int(windows.mask_WC.sum()),
-        dense_bytes=dense_bytes,
-        packed_bytes=sum(parameter.nbytes for parameter in model.parameters()),
-        seconds=time.perf_counter() - start,
-        matrices=matrices,
-    )
+    settings, out = settings or PruneSettings(), Path(out)
+    work = Path(work) if work else out.with_name(f"{out.name}.pruning")
+    finished = reuse and (out / REPORT).is_file()
+    if not finished:
+        check_new_folder(out)
+    _check_combination(settings, base, masks)
+    run = _Run(model, data, settings, progress, work, base=base, masks=masks)
+    plan = run.plan()
+    if finished:
+        return _found(out, plan, progress)
+    rounds: list[Path] = []
+    for number, pattern in enumerate(settings.schedule):
+        step = replace(settings, pattern=pattern, schedule=(), values="fp32")
+        folder = work / f"round-{number}-{digest([plan, pattern])}"
+        progress.note(f"round {number + 1} of {len(settings.schedule) + 1}: {pattern}")
+        if not folder.is_dir():
+            before = _Run(model, data, step, progress, work)
+            before.into(folder, digest(before.plan()))
+        rounds.append(folder)
+        model = folder
+    if rounds:
+        run = _Run(model, data, settings, progress, work)
+    report = run.into(out, digest(plan), [_figures_of_round(folder) for folder in rounds])
+    for folder in rounds:
+        shutil.rmtree(folder)
+    if work.is_dir() and not any(work.iterdir()):
+        work.rmdir()
+    return replace(report, seconds=time.perf_counter() - start)
 
 
-def _check_widths(blocks: nn.ModuleList, settings: PruneSettings) -> None:
-    linears = dict(calibrate.linears_of(blocks[0], settings.sites))
-    if not linears:
-        raise InputError(f"expected linear layers at sites {settings.sites}, but there are none")
-    for linear in linears.values():
-        Pattern.parse(settings.pattern).check_width(linear.in_features)
-
-
-def _prune_matrix(
-    name: str, linear: nn.Linear, gram_II: Tensor, settings: PruneSettings
-) -> tuple[Packed, MatrixReport]:
-    pattern = Pattern.parse(settings.pattern)
-    weight_OI = linear.weight.float()
-    try:
-        pruned_OI = METHODS[settings.method](weight_OI, gram_II, pattern)
-        first_error = relative_error(weight_OI, pruned_OI, gram_II)
-        if settings.refit_steps:
-            pruned_OI = refit(weight_OI, pruned_OI, gram_II, settings.refit_steps)
-        packed = pack(pruned_OI, pattern, VALUE_DTYPES[settings.values])
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
-    stored_OI = packed.dense().float()
-    report = MatrixReport(
-        name=name,
-        shape=(linear.out_features, linear.in_features),
-        error_after_method=first_error,
-        error_after_refit=relative_error(weight_OI, stored_OI, gram_II),
-    )
-    linear.weight.copy_(stored_OI)
-    return packed, report
-
-
-def install_packed(model: PreTrainedModel, packed: Mapping[str, Packed], pattern: str) -> None:
-    """Replace the named linear layers by packed ones and mark the model as packed for saving."""
-    for name, matrix in packed.items():
-        parent, _, attribute = name.rpartition(".")
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        sparse = SparseLinear(
-            linear.in_features,
-            linear.out_features,
-            Pattern.parse(pattern),
-            bias=linear.bias is not None,
-            dtype=matrix.values_OK.dtype,
+def _found(out: Path, plan: dict[str, Any], progress: Progress) -> PruneReport:
+    if read_json(out / REPORT).get("plan") != digest(plan):
+        raise OutputError(
+            f"expected {out} to be absent or the result of this very run, but it was made "
+            "from another model, text or settings; choose another output folder or remove it"
         )
-        sparse.weight.data, sparse.weight_mask.data = matrix.values_OK, matrix.mask_OB
-        sparse.bias = linear.bias
-        setattr(model.get_submodule(parent), attribute, sparse)
-    config = PackedConfig(pattern=pattern, modules=sorted(packed))
-    quantizer = PackedQuantizer(config, pre_quantized=True)
-    model.config.quantization_config = config
-    setattr(model, "hf_quantizer", quantizer)  # noqa: B010
+    progress.note(f"{out}: already pruned, used again")
+    return read_report(out)
+
+
+def read_report(folder: str | Path) -> PruneReport:
+    """The report of a pruned folder."""
+    values = read_json(Path(folder) / REPORT)
+    settings = values["settings"]
+    if settings["recovery"] is not None:
+        settings["recovery"] = BlockRecovery(**settings["recovery"])
+    settings["schedule"] = tuple(settings["schedule"])
+    matrices = [MatrixReport.read(row) for row in values["matrices"]]
+    del values["plan"]
+    return PruneReport(**values | {"settings": PruneSettings(**settings), "matrices": matrices})
+
+
+def _figures_of_round(folder: Path) -> dict[str, Any]:
+    report = read_json(folder / REPORT)
+    return {"pattern": report["settings"]["pattern"], "errors": report["errors"]}
+
+
+def _check_combination(settings: PruneSettings, base: Any, masks: Any) -> None:
+    for name, given in (("base", base), ("masks", masks)):
+        if given is not None and settings.schedule:
+            raise InputError(f"expected a schedule or {name}, not both; leave one of them out")
+    if base is not None and settings.recovery is not None:
+        raise InputError(
+            "expected recovery to train whole weights, but with a base only task vectors are "
+            "stored; prune without recovery"
+        )
+    if masks is not None and settings.allocation != "uniform":
+        raise InputError(
+            f"expected allocation uniform with given masks, but it is {settings.allocation}; "
+            "the masks already fix the density of every block"
+        )
+
+
+class _Run:
+    """One round of pruning: its inputs, then its blocks, then what is written."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        data: str | Path | Sequence[str],
+        settings: PruneSettings,
+        progress: Progress,
+        work: Path,
+        *,
+        base: str | Path | None = None,
+        masks: str | Path | None = None,
+    ) -> None:
+        self.settings, self.progress, self.work = settings, progress, work
+        documents = read_documents(data) if isinstance(data, str | Path) else list(data)
+        self.view = dense_view(resolve(model, work / "merged"))
+        if base_of(self.view.config) is not None:
+            raise InputError(
+                f"expected whole weights in {model}, but it is a task vector; export it dense first"
+            )
+        self.base = None if base is None else dense_view(resolve(base, work / "merged"))
+        self.masks = None if masks is None else dense_view(masks)
+        tokenizer = AutoTokenizer.from_pretrained(self.view.folder)
+        self.windows = packed_windows(
+            tokenizer, documents, settings.context_length, settings.windows
+        )
+        self.stream = StreamedModel(self.view.raw.config, self.view)
+        self._check_matrices()
+
+    def _check_matrices(self) -> None:
+        """Refuse what would fail in some later block, from shapes alone."""
+        pattern, found = Pattern.parse(self.settings.pattern), False
+        for index, block in enumerate(self.stream.blocks):
+            for module, linear in linears_of(block, self.settings.sites).items():
+                found, name = True, self.stream.name(index, module)
+                try:
+                    pattern.check_width(linear.in_features)
+                except InputError as error:
+                    raise InputError(f"{name}: {error}") from error
+                self._check_sources(f"{name}.weight", pattern)
+        if not found:
+            raise InputError(
+                f"expected linear layers at sites {self.settings.sites} in the blocks of "
+                f"{type(self.stream.model).__name__}, but there are none"
+            )
+
+    def _check_sources(self, name: str, pattern: Pattern) -> None:
+        """Whether a weight is in the base, and its mask, of the same pattern, in `masks`."""
+        if self.masks is not None and self.masks.packed.get(name) != pattern:
+            other = self.masks.packed.get(name)
+            raise InputError(
+                f"expected a mask for {name} of pattern {pattern} in {self.masks.folder}, "
+                f"but it has {'none' if other is None else f'one of {other}'}; "
+                "prune it at the same sites and with the same pattern"
+            )
+        if self.base is not None and name not in self.base:
+            raise InputError(
+                f"expected {name} in the base {self.base.folder}, but it has none; "
+                "is it the model that was finetuned?"
+            )
+
+    def into(
+        self, out: Path, plan: str, rounds: Sequence[dict[str, Any]] = ()
+    ) -> PruneReport:
+        """Prune every block that is not done yet and write the model to `out`."""
+        stream, blocks = self.stream, range(len(self.stream))
+        journal = Journal(self.work, self.plan())
+        resumed = sum(journal.finished(index) for index in blocks)
+        if resumed:
+            self.progress.note(f"{resumed} of {len(blocks)} blocks are already pruned")
+        patterns = self._patterns(journal)
+        batches = stream.capture(self.windows, self.settings.batch_size)
+        masks = None if self.masks is None else self.masks.raw
+        pruner = BlockPruner(stream, self.settings, patterns, self.base, masks, self.progress)
+        results: list[BlockResult] = []
+        for index in self.progress.track(blocks, "prune blocks", len(blocks)):
+            if journal.finished(index):
+                result = BlockResult.read(*journal.read(index))
+                pruner.repeat(index, batches, result)
+            else:
+                result = pruner.prune(index, batches)
+                journal.write(index, result.tensors, result.figures())
+            results.append(replace(result, tensors={}))
+        batches.clear()
+        report = self._write(out, plan, journal, results, rounds)
+        journal.remove()
+        return replace(report, blocks_resumed=resumed)
+
+    def plan(self) -> dict[str, Any]:
+        """Everything the result depends on, as JSON."""
+        views = {"model": self.view, "base": self.base, "masks": self.masks}
+        return {
+            "version": __version__,
+            **{name: fingerprint(view.raw) for name, view in views.items() if view is not None},
+            "windows": digest(self.windows.ids_WC.tolist()),
+            "settings": asdict(self.settings),
+        }
+
+    def _patterns(self, journal: Journal) -> list[Pattern]:
+        """One pattern a block; measured once if they are to differ."""
+        pattern = Pattern.parse(self.settings.pattern)
+        if self.settings.allocation == "uniform":
+            return [pattern] * len(self.stream)
+        densities = journal.kept("densities")
+        if densities is None:
+            batches = self.stream.capture(self.windows, self.settings.batch_size)
+            densities = allocate(self.stream, batches, self.settings, self.progress)
+            journal.keep("densities", densities)
+        return [Pattern.parse(f"{density:.4f}") for density in densities]
+
+    def _write(
+        self,
+        out: Path,
+        plan: str,
+        journal: Journal,
+        results: Sequence[BlockResult],
+        rounds: Sequence[dict[str, Any]],
+    ) -> PruneReport:
+        matrices = [matrix for result in results for matrix in result.matrices]
+        pruned = PrunedWeights(self.view, journal, results)
+        config = packed_config(self.view, matrices, self.settings.pattern, self.settings.values)
+        if self.base is not None:
+            mark_task_vector(config, self.base.raw)
+        with new_folder(out) as scratch:
+            if self.base is None:
+                packed_bytes = write_weights(scratch, pruned.tensors())
+            else:
+                packed_bytes = write_weights(scratch, pruned.task_vector(self.base))
+            report = PruneReport(
+                settings=self.settings,
+                calibration_tokens=int(self.windows.mask_WC.sum()),
+                dense_bytes=stored_bytes(self.view.raw),
+                packed_bytes=packed_bytes,
+                errors=_means([matrix.errors for matrix in matrices]),
+                matrices=matrices,
+                recovery=[result.recovery for result in results if result.recovery is not None],
+                rounds=list(rounds),
+            )
+            config.save_pretrained(scratch)
+            copy_companions(self.view.folder, scratch)
+            values = report.to_dict()
+            del values["seconds"], values["blocks_resumed"]
+            write_json(scratch / REPORT, {"plan": plan, **values})
+        return report
+
+
+def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {step: sum(row[step] for row in rows) / len(rows) for step in rows[0]}

@@ -4,11 +4,12 @@ Importing this module registers the method `moiety` (design: packed format, vers
 `AutoModelForCausalLM.from_pretrained` then finds by the `quantization_config` of a checkpoint.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -20,48 +21,110 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moiety.errors import InputError
 from moiety.experts.modules import SparseExperts, SparseLinear
-from moiety.experts.packing import VERSION
+from moiety.experts.packing import VALUES, VERSION
 from moiety.experts.pattern import Pattern
 
 METHOD = "moiety"
 
 
 class PackedConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed checkpoint: format version, pattern, packed modules.
+    """`quantization_config` of a packed checkpoint: which modules are packed and how.
 
-    `modules` are full module names: linear layers of a dense architecture, or the experts
-    module of each routed block.
+    `modules` are full module names: linear layers of a dense architecture, or the experts module
+    of each routed block. `pattern` is theirs, except where `patterns` names another one;
+    `values` is one of packing.VALUES, or None for floating-point ones as they are stored.
+    Raises InputError when something is missing, unknown or of another version.
     """
 
     def __init__(
-        self, *, pattern: str, modules: list[str], version: int = VERSION, **kwargs: Any
+        self,
+        *,
+        pattern: str = "",
+        modules: Sequence[str] = (),
+        version: int = VERSION,
+        values: str | None = None,
+        patterns: Mapping[str, str] | None = None,
+        **kwargs: Any,
     ) -> None:
+        _check_fields(pattern, modules, version, values, patterns)
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
         self.version = version
         self.pattern = pattern
         self.modules = list(modules)
-        if version != VERSION:
-            raise InputError(
-                f"expected packed format version {VERSION}, but the checkpoint has {version}; "
-                "install the moiety release that wrote it"
-            )
-        Pattern.parse(pattern)
+        self.values = values
+        self.patterns = dict(patterns or {})
+
+    def pattern_of(self, module: str) -> Pattern:
+        """The pattern of one packed module."""
+        return Pattern.parse(self.patterns.get(module, self.pattern))
 
     def to_dict(self) -> dict[str, Any]:
         """The entry in config.json."""
-        return {
+        fields: dict[str, Any] = {
             "quant_method": METHOD,
             "version": self.version,
             "pattern": self.pattern,
             "modules": self.modules,
         }
+        optional = {"values": self.values, "patterns": self.patterns}
+        return fields | {name: value for name, value in optional.items() if value}
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "PackedConfig | None":
+        """The packing that a model's configuration states, None for a dense model.
+
+        Raises InputError when the model is quantized in another way.
+        """
+        stated = getattr(config, "quantization_config", None)
+        if stated is None or isinstance(stated, cls):
+            return stated
+        fields = dict(stated) if isinstance(stated, Mapping) else stated.to_dict()
+        method = fields.pop("quant_method", None)
+        if method != METHOD:
+            raise InputError(
+                f"expected a dense model or one packed by moiety, but its quantization method is "
+                f"{method!r}; give the unquantized model"
+            )
+        return cls(**fields)
+
+
+def _check_fields(pattern: Any, modules: Any, version: Any, values: Any, patterns: Any) -> None:
+    if version != VERSION:
+        raise InputError(
+            f"expected packed format version {VERSION}, but the checkpoint has {version}; "
+            "install the moiety release that wrote it"
+        )
+    listed = isinstance(modules, Sequence) and not isinstance(modules, str)
+    if not listed or not all(isinstance(name, str) for name in modules):
+        raise InputError(
+            f"quantization_config.modules must be a list of names, but it is {modules!r}"
+        )
+    if values is not None and values not in VALUES:
+        raise InputError(
+            f"quantization_config.values must be one of {', '.join(VALUES)}, but it is {values!r}"
+        )
+    if patterns is not None and not isinstance(patterns, Mapping):
+        raise InputError(
+            f"quantization_config.patterns must map modules to patterns, but it is {patterns!r}"
+        )
+    strange = sorted(set(patterns or {}) - set(modules))
+    if strange:
+        raise InputError(
+            f"quantization_config.patterns names {strange[0]}, which is not among its modules"
+        )
+    for text in (pattern, *(patterns or {}).values()):
+        if not isinstance(text, str):
+            raise InputError(
+                f"quantization_config: pattern must be text such as 2:4, but it is {text!r}"
+            )
+        Pattern.parse(text)
 
 
 class PackedQuantizer(HfQuantizer):
     """Puts sparse modules where the checkpoint is packed, and refuses anything it cannot trust."""
 
     serialized_names = {  # noqa: RUF012
-        "weight": ["weight", "weight_mask"]
+        "weight": ["weight", "weight_mask", "weight_scale"]
     }
     quantization_config: PackedConfig
 
@@ -88,21 +151,30 @@ class PackedQuantizer(HfQuantizer):
             )
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> Any:
-        """Packed values keep their stored dtype; everything else follows the requested one."""
-        targets = getattr(converter, "target_patterns", [])
-        if any(self._is_packed(str(target)) for target in targets):
+        """Packed values and scales keep their stored dtype; everything else follows `dtype`."""
+        targets = [str(target) for target in getattr(converter, "target_patterns", [])]
+        if any(self._is_packed(target) for target in targets):
             return None
         return super().get_new_dtype(converter, param, dtype)
 
     def _is_packed(self, target: str) -> bool:
-        parent = target.removesuffix("_mask").rpartition(".")[0]
-        return any(parent == name or name.endswith(parent) for name in self._packed_names)
+        """Whether a parameter's name, or its end where it begins with a dot, is a packed one."""
+        if target.startswith("."):
+            return any(name.endswith(target) for name in self._packed_parameters)
+        return target in self._packed_parameters
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        pattern = Pattern.parse(self.quantization_config.pattern)
-        self._packed_names = list(self.quantization_config.modules)
-        for name in self._packed_names:
-            replace_with_sparse(model, name, pattern)
+        base = (getattr(model.config, "moiety", None) or {}).get("task_vector_of")
+        if base is not None:
+            raise InputError(
+                f"expected whole weights, but these are differences to a base ({base}); "
+                "open them with moiety.experts.open_delta"
+            )
+        config = self.quantization_config
+        self._packed_parameters: set[str] = set()
+        for name in config.modules:
+            sparse = replace_with_sparse(model, name, config.pattern_of(name), config.values)
+            self._packed_parameters |= {f"{name}.{part}" for part in sparse.packed_names}
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
@@ -116,8 +188,13 @@ class PackedQuantizer(HfQuantizer):
         return model
 
 
-def replace_with_sparse(model: nn.Module, name: str, pattern: Pattern) -> None:
-    """Put an empty sparse module (meta device) in the place of the stock one called `name`."""
+def replace_with_sparse(
+    model: nn.Module, name: str, pattern: Pattern, values: str | None = None
+) -> SparseLinear | SparseExperts:
+    """Put an empty sparse module (meta device) in the place of the stock one called `name`.
+
+    Raises InputError when there is no such module or it cannot be packed so.
+    """
     try:
         parent, attribute = get_module_from_name(model, name)
         stock = getattr(parent, attribute)
@@ -126,28 +203,40 @@ def replace_with_sparse(model: nn.Module, name: str, pattern: Pattern) -> None:
             f"expected a module {name}, as the checkpoint's quantization_config says, "
             f"but {type(model).__name__} has none"
         ) from error
-    with torch.device("meta"):
-        if isinstance(stock, nn.Linear):
-            sparse: nn.Module = SparseLinear(
-                stock.in_features, stock.out_features, pattern, bias=stock.bias is not None
-            )
-        elif hasattr(stock, "gate_up_proj") and hasattr(stock, "down_proj"):
-            sparse = SparseExperts(cast(Any, model.config), stock, pattern)
-        else:
-            raise InputError(
-                f"expected {name} to be a linear layer or a gated experts module, "
-                f"but it is a {type(stock).__name__}"
-            )
+    try:
+        with torch.device("meta"):
+            sparse = _sparse_like(stock, model, pattern, values)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
     setattr(parent, attribute, sparse)
+    return sparse
+
+
+def _sparse_like(
+    stock: nn.Module, model: nn.Module, pattern: Pattern, values: str | None
+) -> SparseLinear | SparseExperts:
+    if isinstance(stock, nn.Linear):
+        bias = stock.bias is not None
+        return SparseLinear(stock.in_features, stock.out_features, pattern, values, bias=bias)
+    if hasattr(stock, "gate_up_proj") and hasattr(stock, "down_proj"):
+        return SparseExperts(cast(Any, model.config), stock, pattern, values)
+    raise InputError(
+        f"expected a linear layer or a gated experts module, but it is a {type(stock).__name__}"
+    )
 
 
 def check_complete(model: nn.Module) -> None:
-    """Raise InputError if any weight was absent from the files (transformers only warns)."""
+    """Raise InputError if any weight was absent from the files (transformers only warns).
+
+    Weights still on the meta device were found and offloaded to disk.
+    """
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     missing = [
         name
         for name, parameter in model.named_parameters()
-        if not getattr(parameter, "_is_hf_initialized", False) and name not in tied
+        if not getattr(parameter, "_is_hf_initialized", False)
+        and not parameter.is_meta
+        and name not in tied
     ]
     if missing:
         raise InputError(

@@ -1,19 +1,32 @@
-"""Text in: documents from files, and documents into windows of token ids.
+"""Text in: documents (moiety.documents), cut or packed into windows of token ids.
 
 W windows, C context length (tokens in a window).
 """
 
-import json
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from moiety.documents import digest_documents, read_documents, write_documents
 from moiety.errors import InputError
+
+__all__ = [
+    "Windows",
+    "digest_documents",
+    "packed_windows",
+    "read_documents",
+    "token_windows",
+    "write_documents",
+]
+
+SLICE_CHARACTERS = 8
+_Token = tuple[int, int]
+"""A token's id and the UTF-8 bytes of text that it completes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,75 +72,6 @@ class Windows:
         return self.select(~late_W), self.select(late_W)
 
 
-def read_documents(path: str | Path) -> list[str]:
-    """Read the documents of a corpus.
-
-    A `.jsonl` file holds one document a line (`{"text": ...}`), a `.parquet` file one a row
-    (column `text`), any other file is one document, a folder holds one document a file.
-    Raises InputError for an absent, empty or binary file, or a line without text.
-    """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        documents = [text for file in files for text in _read_file(file)]
-    elif path.is_file():
-        documents = _read_file(path)
-    else:
-        raise InputError(f"expected a text file or folder at {path}, but there is none")
-    documents = [text for text in documents if text.strip()]
-    if not documents:
-        raise InputError(f"expected text in {path}, but it is empty; give a file with text in it")
-    return documents
-
-
-def _read_file(path: Path) -> list[str]:
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"expected UTF-8 text in {path}, but byte {error.start} is not text; "
-            "is it a binary file?"
-        ) from error
-    if "\0" in text:
-        raise InputError(f"expected text in {path}, but it holds NUL bytes; is it a binary file?")
-    if path.suffix != ".jsonl":
-        return [text]
-    lines = enumerate(text.split("\n"), start=1)
-    return [_document(line, f"{path}, line {number}") for number, line in lines if line.strip()]
-
-
-def _document(line: str, place: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"expected a JSON object in {place}, but: {error}") from error
-    text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise InputError(f'expected an object with a string "text" in {place}, but it has none')
-    return text
-
-
-def _read_parquet(path: Path) -> list[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path, columns=["text"])
-    except (pyarrow.ArrowInvalid, KeyError) as error:
-        raise InputError(
-            f"expected a Parquet file with a column text at {path}, but: {error}"
-        ) from error
-    return [str(text) for text in table.column("text").to_pylist() if text is not None]
-
-
-def write_documents(path: Path, documents: Iterable[str]) -> None:
-    """Write documents as JSONL, one `{"text": ...}` a line."""
-    lines = (json.dumps({"text": text}, ensure_ascii=False) for text in documents)
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
 def token_windows(
     tokenizer: PreTrainedTokenizerBase,
     documents: Iterable[str],
@@ -142,8 +86,7 @@ def token_windows(
     left out; at most `limit` windows are made, taken round-robin over the documents so that a
     long one cannot fill them all. Raises InputError when nothing is left.
     """
-    if context_length < 2:
-        raise InputError(f"context_length must be at least 2, but it is {context_length}")
+    _check_context(context_length)
     queues = [
         _cut(tokenizer, text, index, context_length, minimum)
         for index, text in enumerate(documents)
@@ -157,6 +100,49 @@ def token_windows(
     return _stack(pieces, _padding_id(tokenizer))
 
 
+def packed_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[str],
+    context_length: int,
+    limit: int | None = None,
+    minimum: int = 8,
+    seed: int = 0,
+) -> Windows:
+    """Pack documents into windows of exactly `context_length` tokens, for calibration.
+
+    Documents take turns in an order shuffled by `seed`, each with at most one window's tokens a
+    turn, so that a long one cannot fill all of at most `limit` windows; text beyond those is not
+    even tokenised. Every turn starts with the tokenizer's beginning-of-sequence token and every
+    document ends with its end-of-sequence token, where it has them; a window that starts amid a
+    document starts with the former too. Attention therefore sees more than one document, as in
+    pretraining. Only the last window may be shorter (padded, mask 0); it is left out with fewer
+    than `minimum` tokens. `document_W` is the document that a window starts with. Raises
+    InputError when there are fewer than `minimum` tokens in all.
+    """
+    _check_context(context_length)
+    texts = list(documents)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(texts), generator=generator).tolist()
+    turns = _turns(_segments(tokenizer, texts[index], index, context_length) for index in order)
+    pieces: list[_Piece] = []
+    for piece in _packed(turns, _special(tokenizer)[0], context_length):
+        if len(piece.ids) >= min(minimum, context_length):
+            pieces.append(piece)
+        if len(pieces) == limit:
+            break
+    if not pieces:
+        raise InputError(
+            f"expected at least {minimum} tokens of text, but {len(texts)} documents have fewer; "
+            "give more text"
+        )
+    return _stack(pieces, _padding_id(tokenizer))
+
+
+def _check_context(context_length: int) -> None:
+    if context_length < 2:
+        raise InputError(f"context_length must be at least 2, but it is {context_length}")
+
+
 @dataclass(frozen=True)
 class _Piece:
     document: int
@@ -164,23 +150,104 @@ class _Piece:
     bytes: int
 
 
+@dataclass(frozen=True)
+class _Segment:
+    """Consecutive tokens of one document."""
+
+    document: int
+    tokens: list[_Token]
+
+
+def _encode(tokenizer: Any, text: str) -> list[_Token]:
+    """The text's tokens, without special ones."""
+    if not tokenizer.is_fast:
+        raise InputError(
+            "expected a tokenizer that says where its tokens stand (a fast one, with a "
+            f"tokenizer.json), but {type(tokenizer).__name__} does not"
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ends = itertools.accumulate((end for _, end in encoded["offset_mapping"]), max, initial=0)
+    sizes = (len(text[start:end].encode()) for start, end in itertools.pairwise(ends))
+    return list(zip(encoded["input_ids"], sizes, strict=True))
+
+
 def _cut(
     tokenizer: Any, text: str, document: int, context_length: int, minimum: int
 ) -> list[_Piece]:
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    start_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    step = context_length - len(start_ids)
-    pieces = []
-    for start in range(0, len(ids), step):
-        stop = min(start + step, len(ids))
-        if len(start_ids) + stop - start < minimum:
-            continue
-        first = start if start_ids else start + 1
-        covered = text[offsets[first][0] : offsets[stop - 1][1]]
-        piece_ids = start_ids + list(ids[start:stop])
-        pieces.append(_Piece(document, piece_ids, len(covered.encode())))
-    return pieces
+    start, _ = _special(tokenizer)
+    step = context_length - len(start)
+    tokens = _encode(tokenizer, text)
+    cuts = (start + tokens[place : place + step] for place in range(0, len(tokens), step))
+    return [_piece(document, cut) for cut in cuts if len(cut) >= minimum]
+
+
+def _special(tokenizer: Any) -> tuple[list[_Token], list[_Token]]:
+    """What documents start and end with: the tokenizer's special tokens, where it has them."""
+    start_id, end_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    start = [] if start_id is None else [(start_id, 0)]
+    return start, [] if end_id is None or end_id == start_id else [(end_id, 0)]
+
+
+def _piece(document: int, tokens: list[_Token]) -> _Piece:
+    return _Piece(document, [id for id, _ in tokens], sum(size for _, size in tokens[1:]))
+
+
+def _segments(tokenizer: Any, text: str, document: int, context_length: int) -> Iterator[_Segment]:
+    """A document's turns, each of one window's tokens; the text is tokenised as they are asked."""
+    start, end = _special(tokenizer)
+    step = context_length - len(start)
+    tokens: list[_Token] = []
+    for part in _slices(text, SLICE_CHARACTERS * context_length):
+        tokens += _encode(tokenizer, part)
+        while len(tokens) > step:
+            yield _Segment(document, start + tokens[:step])
+            tokens = tokens[step:]
+    if tokens:
+        yield _Segment(document, start + tokens + end)
+
+
+def _slices(text: str, characters: int) -> Iterator[str]:
+    """The text in slices of at most `characters`, cut before a space or line end if possible."""
+    start = 0
+    while len(text) - start > characters:
+        window = start + characters // 2, start + characters
+        stop = max(text.rfind(" ", *window), text.rfind("\n", *window))
+        stop = stop if stop > start else start + characters
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _turns(sources: Iterable[Iterator[_Segment]]) -> Iterator[_Segment]:
+    """One segment of every source, then the next of every source that has more, and so on."""
+    while sources:
+        remaining = []
+        for source in sources:
+            segment = next(source, None)
+            if segment is not None:
+                remaining.append(source)
+                yield segment
+        sources = remaining
+
+
+def _packed(
+    segments: Iterable[_Segment], start: list[_Token], context_length: int
+) -> Iterator[_Piece]:
+    document, window = 0, []
+    for segment in segments:
+        used = 0
+        while used < len(segment.tokens):
+            if not window:
+                document = segment.document
+                window = [] if segment.tokens[used : used + 1] == start else list(start)
+            room = context_length - len(window)
+            window += segment.tokens[used : used + room]
+            used += room
+            if len(window) == context_length:
+                yield _piece(document, window)
+                window = []
+    if window:
+        yield _piece(document, window)
 
 
 def _round_robin(queues: list[list[_Piece]], limit: int | None) -> list[_Piece]:

@@ -24,13 +24,21 @@ from transformers import (
 
 from moiety.compose import Recipe, build, open_composite, route
 from moiety.compose.builder import Builder
-from moiety.compose.mixture import mixture_config, mixture_tensors, write_mixture, zero_gates
+from moiety.compose.mixture import (
+    mixture_config,
+    mixture_tensors,
+    packed_mixture,
+    write_mixture,
+    zero_gates,
+)
 from moiety.compose.preflight import preflight
 from moiety.compose.recipe import Route
 from moiety.compose.stages import Stages
 from moiety.errors import InputError, OutputError
 from moiety.experts.checkpoint import Checkpoint
+from moiety.experts.export import export_dense
 from moiety.experts.modules import SparseExperts
+from moiety.experts.quantizer import PackedConfig
 from moiety.routers import find_gates, forced, one_hot
 
 IDS = torch.arange(3, 43).reshape(2, 20)
@@ -93,7 +101,7 @@ def test_one_hot_route_is_the_expert(world: Any, tmp_path: Path) -> None:
     builder = Builder(recipe, Stages(tmp_path / "stages"))
     for index, folder in enumerate(builder.experts.values()):
         own = Checkpoint(folder)
-        config = mixture_config(builder.base.config, recipe.names, 2, "2:4")
+        config = mixture_config(builder.base.config, recipe.names, 2, builder.packing)
         gates = zero_gates(config, torch.float32)
         tensors = mixture_tensors(own, builder.packed, gates)
         (tmp_path / f"{index}").mkdir()
@@ -103,6 +111,65 @@ def test_one_hot_route_is_the_expert(world: Any, tmp_path: Path) -> None:
             routed = logits(composite.model)
         alone = logits(AutoModelForCausalLM.from_pretrained(folder))
         torch.testing.assert_close(routed, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "values", "bits"),
+    [("0.5", "bf16", 9), ("4:8", "int8", 5), ("2:4", "int4", 3), (0.5, "int4", 3)],
+)
+def test_every_pattern_and_kind_of_values_builds_loads_and_routes(
+    world: Any, tmp_path: Path, pattern: Any, values: str, bits: int
+) -> None:
+    prune = {"pattern": pattern, "values": values, "refit_steps": 2}
+    recipe = world.write_recipe(tmp_path / "recipe.yaml", prune=prune)
+    build(recipe, tmp_path / "out")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    packed = [m for m in model.modules() if isinstance(m, SparseExperts)]
+    assert {(str(m.pattern), m.values) for m in packed} == {(str(pattern), values)}
+    scales = [p for n, p in model.named_parameters() if n.endswith("_scale")]
+    assert len(scales) == (4 if values.startswith("int") else 0)
+    stored = sum(p.nbytes for m in packed for p in m.parameters()) - sum(s.nbytes for s in scales)
+    assert stored * 8 == bits * 2 * 3 * 3 * 32 * 48
+    assert logits(model).isfinite().all()
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
+    data = {name: texts["calibration"] for name, texts in world.texts.items()}
+    report = route(tmp_path / "out", data, Route(init="centroid", train_steps=2), context_length=32)
+    assert report.parameters == 2 * 3 * 32
+
+
+def packings(*changes: dict[str, Any]) -> dict[str, PackedConfig | None]:
+    """How each of some finetunes with one layer is packed, changed from 2:4 in bf16."""
+    modules = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    usual = {"pattern": "2:4", "modules": modules, "values": "bf16"}
+    return {f"e{i}": PackedConfig(**{**usual, **change}) for i, change in enumerate(changes)}
+
+
+def test_experts_of_a_layer_must_be_packed_alike() -> None:
+    up = "model.layers.0.mlp.up_proj"
+    own = {"patterns": {up: "0.5"}}
+    for changes, message in (
+        (({}, {"values": "int8"}), "one kind of values.* e0 has bf16 and e1 has int8"),
+        (({}, {"pattern": "0.5"}), "layer 0.* one pattern.*e0's gate_proj has 2:4 and e1's gate"),
+        ((own, own), "e0's gate_proj has 2:4 and e0's up_proj has 0.5; prune them alike"),
+        (({}, {"modules": [up]}), "e1's gate_proj has none"),
+    ):
+        with pytest.raises(InputError, match=message):
+            packed_mixture(1, packings(*changes))
+    with pytest.raises(InputError, match="e0 has bf16 and e1 has none"):
+        packed_mixture(1, {**packings({}), "e1": None})
+    assert packed_mixture(1, {"e0": None, "e1": None}) is None
+
+
+def test_layers_may_differ_and_may_stay_dense() -> None:
+    modules = [f"model.layers.{i}.mlp.{n}_proj" for i in (0, 1, 3) for n in ("gate", "up", "down")]
+    patterns = {name: "0.25" for name in modules if ".3." in name}
+    each = PackedConfig(pattern="0.5", modules=modules, values="int8", patterns=patterns)
+    packed = packed_mixture(4, {"a": each, "b": each})
+    assert packed is not None and packed.values == "int8"
+    assert packed.modules == [f"model.layers.{layer}.mlp.experts" for layer in (0, 1, 3)]
+    assert [str(packed.pattern_of(name)) for name in packed.modules] == ["0.5", "0.5", "0.25"]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])

@@ -55,6 +55,10 @@ def test_a_recipe_reads_and_writes_itself(tmp_path: Path) -> None:
         ("name: law", "name: code", "every name must be used once, but code is twice"),
         ("kind: mixture", "kind: soup", r"line 14: compose\.kind: .*'mixture'.*'soup'"),
         ("base: base\n", "", "base: Field required"),
+        ("2:4", "4:2", r"line 12: prune\.pattern: pattern must keep .* fewer than all"),
+        ("2:4", "7", r"line 12: prune\.pattern: .*string"),
+        ("2:4", "1.5", r"line 12: prune\.pattern: pattern must look like"),
+        ("2:4", "2:4\n  values: int2", r"line 13: prune\.values: .*'int4'.*'int2'"),
         ("model: law", "model: [1]", r"line 7: experts\.1\.model: .*string"),
         ("name: law", "name: ../law", r"line 6: experts\.1\.name: .*pattern"),
         ("experts:", "experts: [", "expected YAML"),
@@ -65,6 +69,13 @@ def test_a_mistake_names_its_line_and_field(
 ) -> None:
     with pytest.raises(InputError, match=message):
         read(tmp_path, GOOD.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(("text", "pattern"), [("0.5", "0.5"), ("50%", "50%"), ("4:8", "4:8")])
+def test_every_pattern_can_be_written_plainly(tmp_path: Path, text: str, pattern: str) -> None:
+    recipe = read(tmp_path, GOOD.replace("2:4", f"{text}\n  values: int8"))
+    assert (recipe.prune.pattern, recipe.prune.values) == (pattern, "int8")
+    assert read(tmp_path, recipe.to_yaml()) == recipe
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words"])

@@ -7,23 +7,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moiety.experts import Pattern, kernels, pack
+from moiety.experts import kernels
 from moiety.experts.kernels import reference
 
-TWO_FOUR = Pattern(2, 4)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-9}
-
-
-def stack(experts: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Dense (E, rows, columns) and its packed values and mask."""
-    weight = torch.randn(experts, rows, columns) / columns**0.5
-    weight = (weight * TWO_FOUR.mask(weight.abs())).to(dtype)
-    packed = [pack(one, TWO_FOUR) for one in weight]
-    return (
-        weight,
-        torch.stack([p.values_OK for p in packed]),
-        torch.stack([p.mask_OB for p in packed]),
-    )
+STORED = [
+    ("2:4", "fp32"),
+    ("2:4", "bf16"),
+    ("2:4", "int8"),
+    ("2:4", "int4"),
+    ("1:4", "int4"),
+    ("3:4", "fp16"),
+    ("0.5", "fp32"),
+    ("0.5", "int8"),
+    ("0.3", "int4"),
+    ("dense", "bf16"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -40,20 +39,27 @@ def nan_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 3), (0,)])
-@pytest.mark.parametrize("width", [4, 12, 64, 68])
-@pytest.mark.parametrize("values", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [4, 12, 136])
+@pytest.mark.parametrize(("pattern", "values"), STORED)
 def test_sparse_linear_equals_dense(
-    shape: tuple[int, ...], width: int, values: torch.dtype
+    packs: Any, shape: tuple[int, ...], width: int, pattern: str, values: str
 ) -> None:
-    dense, packed, mask = (t[0] for t in stack(1, 9, width, values))
+    dense, packed = packs.packed(9, width, pattern, values)
     input = torch.randn(*shape, width, requires_grad=True)
-    output = kernels.sparse_linear(input, packed, mask, width)
+    output = kernels.sparse_linear(input, packed.values, packed.mask_OB, width, packed.scale_OG)
     expected = functional.linear(input, dense.float())
     torch.testing.assert_close(output, expected)
     gradient = torch.randn_like(expected)
     [ours] = torch.autograd.grad(output, input, gradient)
     [theirs] = torch.autograd.grad(expected, input, gradient)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_integers_are_multiplied_in_fp32_and_rounded_once(packs: Any) -> None:
+    dense, packed = packs.packed(9, 24, "2:4", "int8")
+    identity = torch.eye(24, dtype=torch.bfloat16)
+    output = kernels.sparse_linear(identity, packed.values, packed.mask_OB, 24, packed.scale_OG)
+    assert torch.equal(output.T, dense.bfloat16())
 
 
 def dense_block(
@@ -69,17 +75,24 @@ def dense_block(
     return torch.einsum("te,ted->td", full.to(hidden.dtype), result)
 
 
-@pytest.mark.parametrize("act", reference.ACTIVATIONS)
+CASES = [(act, "2:4", "fp32") for act in reference.ACTIVATIONS]
+CASES += [("silu", pattern, values) for pattern, values in (*STORED[1:], ("4:8", "fp16"))]
+
+
+@pytest.mark.parametrize(("act", "pattern", "values"), CASES)
 @pytest.mark.parametrize("tokens", [1, 2, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_sparse_experts_equals_dense(act: str, tokens: int, dtype: torch.dtype) -> None:
-    gate_up, gate_up_values, gate_up_mask = stack(3, 2 * 20, 12, torch.float32)
-    down, down_values, down_mask = stack(3, 12, 20, torch.float32)
-    hidden = torch.randn(tokens, 12).to(dtype).requires_grad_()
+def test_sparse_experts_equals_dense(
+    packs: Any, act: str, pattern: str, values: str, tokens: int, dtype: torch.dtype
+) -> None:
+    gate_up, gate_up_values, gate_up_mask, gate_up_scale = packs.stacked(3, 48, 16, pattern, values)
+    down, down_values, down_mask, down_scale = packs.stacked(3, 16, 24, pattern, values)
+    hidden = torch.randn(tokens, 16).to(dtype).requires_grad_()
     experts = torch.rand(tokens, 3).topk(2).indices
     weights = torch.rand(tokens, 2, requires_grad=True)
+    packed = (gate_up_values, gate_up_mask, down_values, down_mask)
     output = kernels.sparse_experts(
-        hidden, gate_up_values, gate_up_mask, down_values, down_mask, experts, weights, act
+        hidden, *packed, experts, weights, act, gate_up_scale, down_scale
     )
     expected = dense_block(hidden, gate_up, down, experts, weights, act)
     tolerance = TOLERANCE[dtype]
@@ -91,53 +104,86 @@ def test_sparse_experts_equals_dense(act: str, tokens: int, dtype: torch.dtype) 
         torch.testing.assert_close(our, their, rtol=10 * tolerance, atol=10 * tolerance)
 
 
-def block(tokens: int = 5) -> list[Any]:
-    _, gate_up_values, gate_up_mask = stack(2, 16, 8, torch.float32)
-    _, down_values, down_mask = stack(2, 8, 8, torch.float32)
-    experts = torch.randint(2, (tokens, 1))
+def block(packs: Any, pattern: str = "2:4", values: str = "fp32", tokens: int = 5) -> list[Any]:
+    """Arguments of `sparse_experts`, all of them."""
+    _, gate_up_values, gate_up_mask, gate_up_scale = packs.stacked(2, 16, 8, pattern, values)
+    _, down_values, down_mask, down_scale = packs.stacked(2, 8, 8, pattern, values)
     return [
         torch.randn(tokens, 8, requires_grad=True),
         gate_up_values,
         gate_up_mask,
         down_values,
         down_mask,
-        experts,
+        torch.randint(2, (tokens, 1)),
         torch.rand(tokens, 1, requires_grad=True),
+        "silu",
+        gate_up_scale,
+        down_scale,
     ]
 
 
-def test_an_expert_that_is_not_here_adds_nothing() -> None:
-    tensors = block()
-    tensors[5] = torch.full((5, 1), 2)
-    assert not kernels.sparse_experts(*tensors).any()
+def test_an_expert_that_is_not_here_adds_nothing(packs: Any) -> None:
+    arguments = block(packs)
+    arguments[5] = torch.full((5, 1), 2)
+    assert not kernels.sparse_experts(*arguments).any()
 
 
-def test_ops_are_registered_properly() -> None:
-    torch.library.opcheck(torch.ops.moiety.sparse_experts.default, (*block(), "silu"))
-    _, values, mask = (t[0] for t in stack(1, 6, 8, torch.float32))
-    arguments = (torch.randn(3, 8, requires_grad=True), values, mask, 8)
+@pytest.mark.parametrize(("pattern", "values"), [("2:4", "fp32"), ("0.5", "int8"), ("2:4", "int4")])
+def test_ops_are_registered_properly(packs: Any, pattern: str, values: str) -> None:
+    torch.library.opcheck(
+        torch.ops.moiety.sparse_experts.default, tuple(block(packs, pattern, values))
+    )
+    _, packed = packs.packed(6, 8, pattern, values)
+    input = torch.randn(3, 8, requires_grad=True)
+    arguments = (input, packed.values, packed.mask_OB, 8, packed.scale_OG)
     torch.library.opcheck(torch.ops.moiety.sparse_linear.default, arguments)
 
 
-def test_ops_compile_without_graph_breaks() -> None:
-    tensors = block()
-    compiled = torch.compile(kernels.sparse_experts, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(*tensors), kernels.sparse_experts(*tensors))
+@pytest.mark.parametrize(("pattern", "values"), [("2:4", "fp32"), ("0.5", "int8"), ("2:4", "int4")])
+def test_ops_compile_without_graph_breaks(packs: Any, pattern: str, values: str) -> None:
+    arguments = block(packs, pattern, values)
+    compiled = torch.compile(kernels.sparse_experts, fullgraph=True, backend="aot_eager")
+    expected = kernels.sparse_experts(*arguments)
+    output = compiled(*arguments)
+    torch.testing.assert_close(output, expected)
+    leaves = (arguments[0], arguments[6])
+    ours, theirs = (torch.autograd.grad(o.sum(), leaves) for o in (output, expected))
+    torch.testing.assert_close(ours, theirs)
+    _, packed = packs.packed(6, 8, pattern, values)
+    compiled = torch.compile(kernels.sparse_linear, fullgraph=True, backend="aot_eager")
+    linear = (arguments[0], packed.values, packed.mask_OB, 8, packed.scale_OG)
+    torch.testing.assert_close(compiled(*linear), kernels.sparse_linear(*linear))
 
 
-def test_wrong_shapes_and_dtypes_are_refused() -> None:
-    _, values, mask = (t[0] for t in stack(1, 6, 8, torch.float32))
-    with pytest.raises(ValueError, match="width 8"):
-        kernels.sparse_linear(torch.randn(3, 9), values, mask, 8)
-    with pytest.raises(ValueError, match="needs a mask"):
-        kernels.sparse_linear(torch.randn(3, 8), values, mask[:, :0], 8)
-    with pytest.raises(ValueError, match="uint8"):
-        kernels.sparse_linear(torch.randn(3, 8), values, mask.int(), 8)
-    with pytest.raises(ValueError, match="floating-point tensor"):
-        kernels.sparse_linear(torch.ones(3, 8, dtype=torch.int64), values, mask, 8)
-    tensors = block()
+def test_wrong_shapes_and_dtypes_are_refused(packs: Any) -> None:
+    packed = packs.packed(6, 8, "2:4", "fp32")[1]
+    input, values, mask = torch.randn(3, 8), packed.values, packed.mask_OB
+    scale = torch.ones(6, 1, dtype=torch.bfloat16)
+    cases: list[tuple[str, Any]] = [
+        ("width 8", (torch.randn(3, 9), values, mask, 8)),
+        ("floating-point tensor", (torch.ones(3, 8, dtype=torch.int64), values, mask, 8)),
+        ("needs a mask", (input, values, mask[:, :0], 8)),
+        ("needs a mask", (input, values, mask[None], 8)),
+        ("uint8 mask", (input, values, mask.int(), 8)),
+        ("int8 or uint8", (input, values.int(), mask, 8)),
+        ("needs values", (input, values[:5], mask, 8)),
+        ("needs values", (input, torch.randn(6, 9), mask, 8)),
+        ("needs values", (input, torch.randn(49), mask, 8)),
+        ("takes no scale", (input, values, mask, 8, scale)),
+        ("needs a bfloat16 scale.*none", (input, values.to(torch.int8), mask, 8)),
+        ("needs a bfloat16 scale", (input, values.to(torch.int8), mask, 8, scale.float())),
+        ("needs a bfloat16 scale", (input, values.to(torch.int8), mask, 8, scale[:3])),
+    ]
+    for message, arguments in cases:
+        with pytest.raises(ValueError, match=message):
+            kernels.sparse_linear(*arguments)
+    arguments = block(packs)
     with pytest.raises(ValueError, match="activation"):
-        kernels.sparse_experts(*tensors[:7], activation="swish7")
-    tensors[6] = tensors[6][:2]
+        kernels.sparse_experts(*arguments[:7], activation="swish7")
+    with pytest.raises(ValueError, match="down has integer values"):
+        kernels.sparse_experts(
+            *(a.to(torch.int8) if i == 3 else a for i, a in enumerate(arguments))
+        )
+    arguments[6] = arguments[6][:2]
     with pytest.raises(ValueError, match="tokens, active"):
-        kernels.sparse_experts(*tensors)
+        kernels.sparse_experts(*arguments)

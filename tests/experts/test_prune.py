@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moiety.errors import InputError, OutputError
-from moiety.experts import Pattern, PruneSettings, prune
+from moiety.experts import BlockRecovery, Pattern, PruneSettings, prune
 from moiety.experts.checkpoint import Checkpoint
 from moiety.experts.kernels import reference
 from moiety.experts.modules import SparseLinear
+from moiety.experts.prune import read_report
+from moiety.experts.unpack import dense_view
 
 SETTINGS = PruneSettings(context_length=32, windows=12, batch_size=5)
 
@@ -85,9 +88,12 @@ def test_report_records_every_matrix(pruned: Path) -> None:
     report = json.loads((pruned / "pruning.json").read_text())
     assert len(report["matrices"]) == 14
     for matrix in report["matrices"]:
-        assert 0 < matrix["error_after_refit"] < 1
-        assert matrix["error_after_refit"] < matrix["error_after_method"] * 1.01
+        errors = matrix["errors"]
+        assert list(errors) == ["sparsegpt", "refit", "stored"]
+        assert 0 < errors["refit"] <= errors["sparsegpt"] < 1
+        assert errors["refit"] <= errors["stored"] * 1.0001
     assert report["packed_bytes"] < report["dense_bytes"]
+    assert report["errors"].keys() == {"sparsegpt", "refit", "stored"}
 
 
 def test_same_input_gives_the_same_bytes(world: Any, tmp_path: Path) -> None:
@@ -105,7 +111,7 @@ def test_pruning_beats_its_controls(world: Any, tmp_path: Path) -> None:
         text = world.texts["letters"]["calibration"]
         out = tmp_path / f"{method}{steps}"
         report = prune(world.finetunes["letters"], out, text, settings)
-        errors[method, steps] = sum(m.error_after_refit for m in report.matrices)
+        errors[method, steps] = report.errors["stored"]
     assert errors["sparsegpt", 20] < errors["sparsegpt", 0] < errors["wanda", 0]
     assert errors["wanda", 0] < errors["magnitude", 0] * 1.05
 
@@ -178,7 +184,15 @@ def test_wrong_input_is_refused_before_anything_is_written(world: Any, tmp_path:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("pattern", "3"), ("sites", "mlp"), ("method", "x"), ("values", "int3"), ("windows", 0)],
+    [
+        ("pattern", "3"),
+        ("sites", "mlp"),
+        ("method", "x"),
+        ("values", "int3"),
+        ("windows", 0),
+        ("allocation", "owl"),
+        ("schedule", ("0.4",)),
+    ],
 )
 def test_settings_name_the_field(field: str, value: Any) -> None:
     with pytest.raises(InputError, match=field):
@@ -191,3 +205,116 @@ def test_truncated_weights_are_named(pruned: Path, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(InputError, match="safetensors file at"):
         Checkpoint(tmp_path / "cut")
+
+
+KINDS: list[dict[str, Any]] = [
+    {"pattern": "4:8", "method": "wanda"},
+    {"pattern": "1:4", "method": "ria", "refit_steps": 0},
+    {"pattern": "0.5", "method": "sparsegpt"},
+    {"pattern": "0.37", "method": "magnitude"},
+    {"pattern": "2:4", "method": "alps"},
+    {"pattern": "0.4", "allocation": "owl"},
+    {"pattern": "0.4", "schedule": ("0.8", "0.6")},
+    {"values": "int8"},
+    {"values": "int4", "pattern": "0.5"},
+    {"values": "fp16", "recovery": BlockRecovery(epochs=2)},
+    {"sites": "*.down_proj,self_attn.q_proj"},
+    {"sites": "attention"},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(map(str, kind.values()))[:40])
+def test_every_kind_is_written_as_it_says(world: Any, tmp_path: Path, kind: dict[str, Any]) -> None:
+    settings = PruneSettings(**{"sites": "all", "context_length": 32, "windows": 8, **kind})
+    text = world.texts["colours"]["calibration"]
+    report = prune(world.finetunes["colours"], tmp_path / "out", text, settings)
+    view, dense = dense_view(tmp_path / "out"), dense_view(world.finetunes["colours"])
+    assert view.keys() == dense.keys()
+    assert {f"{matrix.name}.weight" for matrix in report.matrices} == view.packed.keys()
+    for matrix in report.matrices:
+        weight = view[f"{matrix.name}.weight"]
+        assert Pattern.parse(matrix.pattern).holds(weight)
+        assert 0 < (weight != 0).float().mean() <= Pattern.parse(matrix.pattern).density + 0.01
+    for name in view.keys() - view.packed.keys():
+        assert torch.equal(view[name], dense[name])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert logits(model).isfinite().all()
+    assert not (tmp_path / "out.pruning").exists()
+    assert read_report(tmp_path / "out").matrices == report.matrices
+
+
+def test_sites_are_what_they_say(world: Any, tmp_path: Path) -> None:
+    text = world.texts["letters"]["calibration"]
+    expected = {"ffn": {"gate_proj", "up_proj", "down_proj"}, "*.o_proj": {"o_proj"}}
+    for number, (sites, names) in enumerate(expected.items()):
+        settings = PruneSettings(sites=sites, context_length=32, windows=4)
+        report = prune(world.finetunes["letters"], tmp_path / str(number), text, settings)
+        assert {matrix.name.rpartition(".")[2] for matrix in report.matrices} == names
+
+
+def test_owl_keeps_the_mean_density_and_differs_by_block(world: Any, tmp_path: Path) -> None:
+    settings = PruneSettings(
+        pattern="0.5", allocation="owl", sites="all", context_length=32, windows=8
+    )
+    text = world.texts["letters"]["calibration"]
+    report = prune(world.finetunes["letters"], tmp_path / "out", text, settings)
+    patterns = {matrix.pattern for matrix in report.matrices}
+    assert len(patterns) == 2
+    assert sum(map(float, patterns)) / 2 == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_packed_model_can_be_pruned_further(world: Any, pruned: Path, tmp_path: Path) -> None:
+    text = world.texts["letters"]["calibration"]
+    settings = PruneSettings(pattern="1:4", sites="ffn", context_length=32, windows=8)
+    prune(pruned, tmp_path / "out", text, settings)
+    before, after = dense_view(pruned), dense_view(tmp_path / "out")
+    for name, pattern in after.packed.items():
+        assert pattern == (Pattern(1, 4) if ".mlp." in name else Pattern(2, 4))
+        if ".mlp." not in name:
+            assert torch.equal(after[name], before[name])
+    with pytest.raises(InputError, match="packed before"):
+        prune(pruned, tmp_path / "mixed", text, replace(settings, values="int8"))
+
+
+def test_a_dense_pattern_changes_nothing(world: Any, tmp_path: Path) -> None:
+    text = world.texts["letters"]["calibration"]
+    settings = PruneSettings(pattern="dense", sites="all", context_length=32, windows=4)
+    prune(world.finetunes["letters"], tmp_path / "out", text, settings)
+    before, after = dense_view(world.finetunes["letters"]), dense_view(tmp_path / "out")
+    assert not after.packed
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_recovery_is_recorded_and_never_worse(world: Any, tmp_path: Path) -> None:
+    settings = PruneSettings(
+        recovery=BlockRecovery(epochs=3), sites="all", context_length=32, windows=8, batch_size=2
+    )
+    text = world.texts["letters"]["calibration"]
+    report = prune(world.finetunes["letters"], tmp_path / "out", text, settings)
+    assert len(report.recovery) == 2
+    assert all(row["error_after"] <= row["error_before"] for row in report.recovery)
+    assert list(report.errors) == ["sparsegpt", "refit", "recovery", "stored"]
+
+
+def test_rounds_are_reported(world: Any, tmp_path: Path) -> None:
+    settings = PruneSettings(pattern="0.4", schedule=("0.8", "0.6"), context_length=32, windows=8)
+    text = world.texts["letters"]["calibration"]
+    report = prune(world.finetunes["letters"], tmp_path / "out", text, settings)
+    assert [row["pattern"] for row in report.rounds] == ["0.8", "0.6"]
+    assert report.rounds[0]["errors"]["refit"] < report.rounds[1]["errors"]["refit"]
+
+
+def test_what_does_not_go_together_is_refused(world: Any, pruned: Path, tmp_path: Path) -> None:
+    text, model = world.texts["letters"]["calibration"], world.finetunes["letters"]
+    scheduled = PruneSettings(pattern="0.4", schedule=("0.8",), context_length=32)
+    with pytest.raises(InputError, match="a schedule or masks"):
+        prune(model, tmp_path / "out", text, scheduled, masks=pruned)
+    ffn_only = tmp_path / "ffn"
+    prune(model, ffn_only, text, SETTINGS)
+    everywhere = PruneSettings(sites="all", context_length=32, windows=4)
+    with pytest.raises(InputError, match=r"expected a mask for .*self_attn"):
+        prune(model, tmp_path / "out", text, everywhere, masks=ffn_only)
+    other = PruneSettings(pattern="1:4", context_length=32, windows=4)
+    with pytest.raises(InputError, match="2:4"):
+        prune(model, tmp_path / "out", text, other, masks=ffn_only)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,151 @@
+"""The results of experiments.pruning as a page of the documentation.
+
+    python -m experiments.pruning_tables experiments/pruning.json > docs/pruning-results.md
+"""
+
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moiety.demo.models import DOMAINS
+from moiety.files import read_json
+
+Cells = Sequence[Mapping[str, Any]]
+
+
+def own(losses: Mapping[str, Mapping[str, float]]) -> float:
+    """Mean over finetunes of the loss on their own domain."""
+    return statistics.mean(losses[domain][domain] for domain in DOMAINS)
+
+
+def away(losses: Mapping[str, Mapping[str, float]]) -> float:
+    """Mean over finetunes of the loss on the other domains."""
+    return statistics.mean(losses[d][other] for d in DOMAINS for other in DOMAINS if other != d)
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, all but the first column aligned right."""
+    rule = ["---", *("---:" for _ in columns[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, rule, *rows))
+
+
+class Page:
+    """All tables of one run."""
+
+    def __init__(self, results: Mapping[str, Any]) -> None:
+        self.results = results
+        self.cells: Cells = list(results["cells"].values())
+        self.dense = results["controls"]["dense"]
+
+    def gaps(self, cell: Mapping[str, Any]) -> tuple[str, str]:
+        """Loss above the dense finetunes', at home and away."""
+        home = own(cell["losses"]) - own(self.dense)
+        return f"{home:+.4f}", f"{away(cell['losses']) - away(self.dense):+.4f}"
+
+    def group(self, name: str) -> Cells:
+        """The cells of one experiment."""
+        return [cell for cell in self.cells if cell["group"] == name]
+
+    def methods(self, sites: str) -> str:
+        """Every method and pattern at one kind of site."""
+        cells = [c for c in self.group("table") if c["settings"]["sites"] == sites]
+        patterns = list(dict.fromkeys(c["settings"]["pattern"] for c in cells))
+        found = {(c["name"], c["settings"]["pattern"]): self.gaps(c) for c in cells}
+        rows = [
+            [name, *(" / ".join(found.get((name, p), ("", ""))) for p in patterns)]
+            for name in dict.fromkeys(c["name"] for c in cells)
+        ]
+        return markdown(["method", *patterns], rows)
+
+    def by_domain(self) -> str:
+        """Own-domain losses of each finetune for 2:4 on all linear layers."""
+        rows = [["dense finetune", *(f"{self.dense[d][d]:.4f}" for d in DOMAINS)]]
+        for cell in self.group("table"):
+            if cell["settings"]["sites"] == "all" and cell["settings"]["pattern"] == "2:4":
+                losses = (f"{cell['losses'][d][d] - self.dense[d][d]:+.4f}" for d in DOMAINS)
+                rows.append([cell["name"], *losses])
+        return markdown(["", *DOMAINS], rows)
+
+    def simple(self, group: str, first: str = "name") -> str:
+        """One row a cell: gaps, bytes, seconds."""
+        rows = [
+            [
+                cell["name"] if first == "name" else str(cell["settings"][first]),
+                cell["settings"]["pattern"],
+                *self.gaps(cell),
+                f"{cell['bytes'] / cell['dense_bytes']:.0%}",
+                f"{cell['seconds']:.0f}",
+            ]
+            for cell in self.group(group)
+        ]
+        return markdown(["", "pattern", "own domain", "other domains", "bytes", "seconds"], rows)
+
+    def collapse(self) -> str:
+        """Own-domain loss above dense by share removed."""
+        cells = self.group("collapse")
+        names = list(dict.fromkeys(cell["name"] for cell in cells))
+        found = {(c["settings"]["pattern"], c["name"]): self.gaps(c)[0] for c in cells}
+        rows = [
+            [f"{1 - float(density):.0%}", *(found.get((density, name), "") for name in names)]
+            for density in dict.fromkeys(cell["settings"]["pattern"] for cell in cells)
+        ]
+        return markdown(["removed", *names], rows)
+
+    def text(self) -> str:
+        """The whole page."""
+        base = self.results["controls"]["base"]
+        mean_base = statistics.mean(base[domain] for domain in DOMAINS)
+        return f"""# What pruning costs, measured
+
+The demo's four finetunes ({", ".join(DOMAINS)}), each calibrated on its own domain's text (128
+windows) and measured on held-out text of every domain ({self.results["held_out_windows"]} windows
+a domain, context {self.results["context_length"]}, seed {self.results["seed"]}, torch
+{self.results["torch"]}). Losses are nats per token. Own domain: mean of the four. Other domains:
+mean of the twelve pairs. Controls: base {mean_base:.4f} on the same text; dense finetunes
+{own(self.dense):.4f} at home, {away(self.dense):.4f} away. Everything below is the difference to
+the dense finetunes. These are models of 4 million parameters: the order of the methods carries
+over, the size of the gaps does not. Run again: `python -m experiments.pruning` and
+`python -m experiments.pruning_tables`.
+
+## Methods (own domain / other domains)
+
+FFN matrices only:
+
+{self.methods("ffn")}
+
+All linear layers:
+
+{self.methods("all")}
+
+By domain, 2:4 on all linear layers, own text (first row: loss; below: difference):
+
+{self.by_domain()}
+
+## Kept values (all linear layers, SparseGPT + refit)
+
+{self.simple("values")}
+
+## Where it collapses (all linear layers, densities, own domain)
+
+{self.collapse()}
+
+## In one go or in rounds (all linear layers)
+
+{self.simple("schedule")}
+
+## The weights or the task vector
+
+Bytes of a task vector are those of its own files; the base is needed besides, once for all.
+
+{self.simple("task vector")}
+
+## A mask of its own for each finetune, or one for all
+
+{self.simple("shared mask")}
+"""
+
+
+if __name__ == "__main__":
+    sys.stdout.write(Page(read_json(Path(sys.argv[1]))).text())

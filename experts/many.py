@@ -1,0 +1,72 @@
+"""Prune many finetunes: one after the other, or shared out over the processes of a launcher."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+
+from moiety.errors import InputError
+from moiety.experts.prune import PruneReport, prune, read_report
+from moiety.experts.settings import PruneSettings
+from moiety.progress import SILENT, Progress
+from moiety.text import read_documents
+
+SHARED_MASK = "shared-mask"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """One finetune to prune: its name (the output folder's), its model and its own text."""
+
+    name: str
+    model: str | Path
+    data: str | Path | Sequence[str]
+
+    def documents(self) -> list[str]:
+        """The text, read."""
+        is_source = isinstance(self.data, str | Path)
+        return read_documents(self.data) if is_source else list(self.data)
+
+
+def prune_many(
+    finetunes: Sequence[Finetune],
+    out: str | Path,
+    settings: PruneSettings | None = None,
+    progress: Progress = SILENT,
+    *,
+    base: str | Path | None = None,
+    masks: str | Path | None = None,
+    shared_mask: str | Path | None = None,
+) -> dict[str, PruneReport]:
+    """Prune each finetune into `out/NAME`; gives the reports by name.
+
+    Started by `accelerate launch` or torchrun, every process takes its share; with equally many
+    threads a process, the files are those of a single process. With `shared_mask`, a base model,
+    one mask is chosen on that base with the text of all finetunes (kept as `out/shared-mask`) and
+    every finetune's values are fitted to it, so that any weighted sum of the results still
+    follows the pattern. Started again, it goes on; what is done is not done again. Raises as
+    `prune` does.
+    """
+    settings, out = settings or PruneSettings(), Path(out)
+    names = [tune.name for tune in finetunes]
+    if len(set(names)) != len(names) or SHARED_MASK in names or not all(names):
+        raise InputError(f"expected different names, none {SHARED_MASK}, but they are {names}")
+    if shared_mask is not None and masks is not None:
+        raise InputError("expected masks or a base to choose a shared mask on, not both")
+    state = PartialState(cpu=True)
+    if shared_mask is not None:
+        masks = out / SHARED_MASK
+        if state.is_main_process:
+            progress.note(f"one mask for all, chosen on {shared_mask}")
+            rounds = itertools.zip_longest(*(tune.documents() for tune in finetunes))
+            texts = [text for texts in rounds for text in texts if text is not None]
+            prune(shared_mask, masks, texts, settings, progress, reuse=True)
+        state.wait_for_everyone()
+    for tune in finetunes[state.process_index :: state.num_processes]:
+        progress.note(f"{tune.name}: {tune.model}")
+        folder, data = out / tune.name, tune.data
+        prune(tune.model, folder, data, settings, progress, base=base, masks=masks, reuse=True)
+    state.wait_for_everyone()
+    return {name: read_report(out / name) for name in names}

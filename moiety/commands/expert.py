@@ -1,0 +1,131 @@
+"""The command that prunes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moiety.commands.common import EXPERTS, Context, Json, app, pairs, quiet_libraries, show
+from moiety.console import ConsoleProgress
+from moiety.errors import InputError
+
+
+@app.command(rich_help_panel=EXPERTS)
+def prune(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL | NAME=MODEL...",
+            help="A finetune (folder, hub id or PEFT adapter), or several, each with a name.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="New folder for the packed model (or models).")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE | NAME=FILE",
+            help="Calibration text of the finetune's domain: file, folder or datasets:ID.",
+        ),
+    ],
+    pattern: Annotated[
+        str, typer.Option(help="Kept:group as in 2:4 or 4:8, or the share kept, as in 0.5.")
+    ] = "2:4",
+    sites: Annotated[
+        str, typer.Option(help="all, ffn, attention, or globs such as '*.down_proj,*.o_proj'.")
+    ] = "all",
+    method: Annotated[
+        str, typer.Option(help="sparsegpt, alps, wanda, ria or magnitude.")
+    ] = "sparsegpt",
+    best: Annotated[bool, typer.Option("--best", help="The same as --method alps.")] = False,
+    refit_steps: Annotated[int | None, typer.Option(help="Refit steps; 0: none.", min=0)] = None,
+    recover: Annotated[
+        bool, typer.Option("--recover", help="Then train the kept values block by block.")
+    ] = False,
+    values: Annotated[
+        str, typer.Option(help="Kept values as bf16, fp16, fp32, int8 or int4.")
+    ] = "bf16",
+    base: Annotated[
+        str | None, typer.Option(help="Prune the difference to this base, which stays dense.")
+    ] = None,
+    masks: Annotated[
+        str | None, typer.Option(help="Take over the masks of this packed model.")
+    ] = None,
+    shared_mask: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="One mask for all finetunes, chosen on this base."),
+    ] = None,
+    allocation: Annotated[
+        str, typer.Option(help="uniform, or owl: each block its own density.")
+    ] = "uniform",
+    schedule: Annotated[
+        str, typer.Option(help="Patterns to go through before, as in 0.8,0.65.")
+    ] = "",
+    windows: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
+    context_length: Context = 512,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 8,
+    as_json: Json = False,
+) -> None:
+    """A finetune, or several, to packed sparse models; goes on where it was interrupted."""
+    from moiety.experts import BlockRecovery, PruneSettings
+
+    settings: dict[str, Any] = {
+        "pattern": pattern,
+        "sites": sites,
+        "method": "alps" if best else method,
+        "recovery": BlockRecovery() if recover else None,
+        "values": values,
+        "allocation": allocation,
+        "schedule": tuple(part.strip() for part in schedule.split(",") if part.strip()),
+        "windows": windows,
+        "context_length": context_length,
+        "batch_size": batch_size,
+    }
+    if refit_steps is not None:
+        settings["refit_steps"] = refit_steps
+    quiet_libraries()
+    sources = {"base": base, "masks": masks, "shared_mask": shared_mask}
+    _prune(models, out, data, PruneSettings(**settings), sources, as_json)
+
+
+def _prune(
+    models: Sequence[str],
+    out: Path,
+    data: Sequence[str],
+    settings: Any,
+    sources: Mapping[str, str | None],
+    as_json: bool,
+) -> None:
+    from accelerate import PartialState
+
+    from moiety.analysis.pruning import pruning_table
+    from moiety.experts import Finetune, prune_many
+    from moiety.experts import prune as prune_one
+
+    progress = ConsoleProgress()
+    if len(models) == 1 and not _is_named(models[0]):
+        if sources["shared_mask"] is not None or len(data) != 1:
+            raise InputError(
+                "expected NAME=MODEL for each finetune to prune with a shared mask or several "
+                f"texts, but it is {models[0]!r}"
+            )
+        base, masks = sources["base"], sources["masks"]
+        report = prune_one(models[0], out, data[0], settings, progress, base=base, masks=masks)
+        show(report.to_dict(), [pruning_table(str(out), report)], as_json)
+        return
+    named, texts = pairs(list(models), "MODEL"), pairs(list(data))
+    if named.keys() != texts.keys():
+        raise InputError(
+            f"expected --data for {', '.join(named)}, but it names {', '.join(texts)}"
+        )
+    finetunes = [Finetune(name=name, model=named[name], data=texts[name]) for name in named]
+    reports = prune_many(finetunes, out, settings, progress, **sources)
+    if not PartialState(cpu=True).is_main_process:
+        return
+    values = {name: report.to_dict() for name, report in reports.items()}
+    tables = [pruning_table(str(out / name), report) for name, report in reports.items()]
+    show(values, tables, as_json)
+
+
+def _is_named(model: str) -> bool:
+    return "=" in model and not Path(model).exists()

@@ -1,0 +1,130 @@
+"""Commands about one pruned model: recover, inspect, export, rescue, narrow."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moiety.commands.common import EXPERTS, Context, Json, Seed, app, quiet_libraries, show
+from moiety.console import ConsoleProgress
+from moiety.errors import InputError
+
+Out = Annotated[Path, typer.Option(help="New folder.")]
+
+
+@app.command(rich_help_panel=EXPERTS)
+def recover(
+    model: Annotated[str, typer.Argument(help="A packed model.")],
+    teacher: Annotated[str, typer.Option(help="The dense finetune it came from.")],
+    data: Annotated[str, typer.Option(metavar="FILE", help="Text of its domain.")],
+    out: Out,
+    method: Annotated[str, typer.Option(help="distill or lora.")] = "distill",
+    steps: Annotated[int, typer.Option(help="Training steps at most.", min=1)] = 200,
+    windows: Annotated[int, typer.Option(help="Windows of text at most.", min=2)] = 2048,
+    context_length: Context = 512,
+    seed: Seed = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder from which stopped training goes on.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a packed model towards its dense finetune; its masks stay as they are."""
+    from moiety.analysis.tables import Table
+    from moiety.experts.recovery import METHODS
+    from moiety.experts.recovery import recover as run
+
+    if method not in METHODS:
+        raise InputError(f"method must be one of {', '.join(METHODS)}, but it is {method!r}")
+    quiet_libraries()
+    settings = METHODS[method](
+        steps=steps,
+        windows=windows,
+        context_length=context_length,
+        seed=seed,
+        checkpoint=checkpoint,
+    )
+    report = run(model, teacher, data, out, method, settings, ConsoleProgress())
+    rows = (
+        ("dense finetune", f"{report.loss_teacher:.4f}"),
+        ("packed, before", f"{report.loss_before:.4f}"),
+        ("packed, after", f"{report.loss_after:.4f}"),
+    )
+    note = (
+        f"{report.held_tokens:,} held-back tokens, context {report.context_length}; "
+        f"{report.parameters:,} trained parameters, step {report.best_step} of {report.steps} kept"
+    )
+    columns = ("model", "loss, nats per token")
+    table = Table(title=f"{method} into {out}", columns=columns, rows=rows, note=note)
+    show(report.to_dict(), [table], as_json)
+
+
+@app.command(rich_help_panel=EXPERTS)
+def inspect(
+    models: Annotated[list[str], typer.Argument(help="Folders or hub ids, dense or packed.")],
+    base: Annotated[str | None, typer.Option(help="Base that the others' drift is from.")] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Every tensor.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Sparsity, patterns and bytes; what finetunes changed of their base."""
+    from moiety.analysis.tables import Table
+    from moiety.experts import inspect as run
+    from moiety.experts.inspect import DRIFT_COLUMNS, GROUP_COLUMNS, TENSOR_COLUMNS
+
+    quiet_libraries()
+    report = run(models, base, ConsoleProgress())
+    tables = []
+    for model in report.models:
+        groups = tuple(model.group_rows())
+        tables.append(Table(title=model.model, columns=GROUP_COLUMNS, rows=groups))
+        if tensors:
+            rows = tuple(model.tensor_rows())
+            tables.append(Table(title=model.model, columns=TENSOR_COLUMNS, rows=rows))
+    for model in report.models:
+        if drifted := tuple(report.drift_rows(model.model)):
+            title = f"{model.model}: drift from {base}"
+            tables.append(Table(title=title, columns=DRIFT_COLUMNS, rows=drifted))
+    columns, agreements = report.agreement_rows()
+    if agreements:
+        title = "cosine between task vectors: 1 the same change, 0 unrelated"
+        tables.append(Table(title=title, columns=columns, rows=tuple(agreements)))
+    show(report.to_dict(), tables, as_json)
+
+
+@app.command(rich_help_panel=EXPERTS)
+def export(
+    model: Annotated[str, typer.Argument(help="A packed model or a task vector.")],
+    out: Out,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="As a stock dense checkpoint, for other engines.")
+    ] = False,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as it is.")] = None,
+    base: Annotated[str | None, typer.Option(help="A task vector's base, if it moved.")] = None,
+    as_json: Json = False,
+) -> None:
+    """A packed model, composite or task vector as an ordinary dense checkpoint."""
+    from moiety.analysis.tables import Table
+    from moiety.experts import export_dense, merge_delta
+    from moiety.experts.delta import is_task_vector
+
+    if not dense:
+        raise InputError("expected --dense: a stock dense checkpoint is what can be exported")
+    quiet_libraries()
+    if is_task_vector(model):
+        if dtype is not None:
+            raise InputError("expected no --dtype for a task vector; it takes its base's dtypes")
+        merge_delta(model, out, base)
+        ConsoleProgress().note(f"wrote {out}")
+        return
+    report = export_dense(model, out, dtype, ConsoleProgress())
+    rows = (
+        ("matrices unpacked", f"{report.matrices:,}"),
+        ("bytes, packed", f"{report.packed_bytes:,}"),
+        ("bytes, dense", f"{report.dense_bytes:,}"),
+    )
+    values: dict[str, Any] = {
+        "folder": str(report.folder),
+        "matrices": report.matrices,
+        "packed_bytes": report.packed_bytes,
+        "dense_bytes": report.dense_bytes,
+    }
+    show(values, [Table(title=f"dense model in {out}", columns=("", ""), rows=rows)], as_json)

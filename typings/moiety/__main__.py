@@ -1,0 +1,1 @@
+../../moiety/__main__.py
