@@ -22,9 +22,9 @@ from moiety.compose.stages import Stages
 from moiety.experts.checkpoint import Checkpoint, local_folder
 from moiety.experts.prune import prune
 from moiety.experts.quantizer import PackedConfig
-from moiety.files import digest, digest_of_file, digest_of_folder, write_json
+from moiety.files import digest, digest_of_folder, write_json
 from moiety.progress import SILENT, Progress
-from moiety.text import Windows, read_documents, token_windows
+from moiety.text import Windows, digest_documents, read_documents, token_windows
 from moiety.version import __version__
 
 
@@ -42,7 +42,10 @@ class Builder:
     @cached_property
     def inputs(self) -> dict[str, Any]:
         """Digests of every model and calibration text, and the version: what results hang on."""
-        texts = {e.name: _digest(Path(e.domain.calibration)) for e in self.recipe.experts}
+        texts = {
+            expert.name: digest_documents(read_documents(expert.domain.calibration))
+            for expert in self.recipe.experts
+        }
         models = {name: digest_of_folder(c.folder) for name, c in self.finetunes.items()}
         base = digest_of_folder(self.base.folder)
         return {"version": __version__, "base": base, "models": models, "texts": texts}
@@ -82,7 +85,8 @@ class Builder:
 
         def make(scratch: Path) -> None:
             model, text = local_folder(expert.model), expert.domain.calibration
-            prune(model, scratch / "model", text, settings, self.progress)
+            work = self.stages.folder / "pruning"
+            prune(model, scratch / "model", text, settings, self.progress, work=work)
 
         return self.stages.run(f"expert-{expert.name}", inputs, make) / "model"
 
@@ -212,7 +216,3 @@ def _generation(base: Checkpoint) -> GenerationConfig | None:
     if not (base.folder / "generation_config.json").is_file():
         return None
     return GenerationConfig.from_pretrained(base.folder)
-
-
-def _digest(path: Path) -> str:
-    return digest_of_folder(path) if path.is_dir() else digest_of_file(path)

@@ -10,8 +10,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moiety.errors import InputError
+from moiety.experts.methods.refit import STEPS
 from moiety.experts.pattern import Pattern
-from moiety.experts.prune import PruneSettings
+from moiety.experts.recovery.block import BlockRecovery
+from moiety.experts.settings import PruneSettings
 from moiety.routers import FitSettings, TrainSettings
 
 
@@ -56,13 +58,15 @@ class Expert(Part):
 class Prune(Part):
     """How each finetune is pruned; see moiety.experts.PruneSettings.
 
-    `pattern` is `2:4`, any other N:M, or the share of weights kept, such as 0.5.
+    `pattern` is `2:4`, any other N:M, or the share of weights kept, such as 0.5. `recover`
+    trains the kept values block by block afterwards.
     """
 
     pattern: str = "2:4"
     sites: Literal["ffn", "all"] = "ffn"
-    method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
-    refit_steps: int = Field(default=20, ge=0)
+    method: Literal["magnitude", "wanda", "ria", "sparsegpt", "alps"] = "sparsegpt"
+    refit_steps: int = Field(default=STEPS, ge=0)
+    recover: bool = False
     values: Literal["bf16", "fp16", "fp32", "int8", "int4"] = "bf16"
 
     @field_validator("pattern", mode="before")
@@ -146,7 +150,8 @@ class Recipe(Part):
     def prune_settings(self) -> PruneSettings:
         """The prune section with the recipe's context length and calibration size."""
         return PruneSettings(
-            **self.prune.model_dump(),
+            **self.prune.model_dump(exclude={"recover"}),
+            recovery=BlockRecovery() if self.prune.recover else None,
             context_length=self.context_length,
             windows=self.calibration_windows,
             batch_size=self.batch_size,

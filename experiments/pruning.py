@@ -1,9 +1,11 @@
-"""What pruning costs at home and away: every method, site and pattern on the demo's finetunes.
+"""What pruning costs at home and away: every method, site and pattern on a recipe's finetunes.
 
-    python -m experiments.pruning --out experiments/pruning.json [--only table,values,...]
+    moiety demo
+    python -m experiments.pruning moiety-demo/recipe.yaml [--only table,values,...]
 
-Each cell prunes the four finetunes, each on its own domain's calibration text, and measures the
-loss of the result on every domain's held-out text. Cells already in the file are kept.
+Each cell prunes all finetunes of the recipe, each on its own domain's calibration text, and
+measures the loss of the result on every domain's held-out text. Cells already in the file are
+kept; `--part 1/2` measures every second one, to share the work among processes.
 """
 
 import argparse
@@ -19,18 +21,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from moiety.compose import Recipe
 from moiety.console import ConsoleProgress
-from moiety.demo.models import DOMAINS, FULL, QUICK, DemoModels, prepare
-from moiety.experts import BlockRecovery, PruneSettings, prune, prune_many
+from moiety.errors import InputError
+from moiety.experts import BlockRecovery, Finetune, PruneReport, PruneSettings, prune_many
 from moiety.experts.delta import TaskVector
-from moiety.experts.many import Finetune
 from moiety.experts.unpack import dense_view
 from moiety.files import read_json, write_json
 from moiety.scoring import score
 from moiety.text import Windows, read_documents, token_windows
 
-HELD_OUT_WINDOWS = 32
-PATTERNS, SITES = ("2:4", "4:8", "0.5"), ("ffn", "all")
+HELD_OUT_WINDOWS = 16
+PATTERNS, SITES = ("2:4", "0.5", "4:8"), ("all", "ffn")
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude", "refit_steps": 0},
     "wanda": {"method": "wanda", "refit_steps": 0},
@@ -38,8 +40,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt", "refit_steps": 0},
     "sparsegpt + refit": {"method": "sparsegpt"},
     "alps + refit": {"method": "alps"},
-    "sparsegpt + refit + recovery": {"method": "sparsegpt", "recovery": BlockRecovery()},
-    "alps + refit + recovery": {"method": "alps", "recovery": BlockRecovery()},
+}
+RECOVERED: dict[str, dict[str, Any]] = {
+    "sparsegpt + refit + block recovery": {"method": "sparsegpt", "recovery": BlockRecovery()},
+    "alps + refit + block recovery": {"method": "alps", "recovery": BlockRecovery()},
 }
 DENSITIES = ("0.7", "0.6", "0.5", "0.4", "0.3", "0.2", "0.1")
 
@@ -57,10 +61,13 @@ class Cell:
 
 def cells() -> Iterator[Cell]:
     """Everything that is measured, in order."""
-    for sites in SITES:
-        for pattern in PATTERNS:
+    for pattern in PATTERNS:
+        for sites in SITES:
             for name, how in METHODS.items():
                 yield Cell("table", name, {**how, "sites": sites, "pattern": pattern})
+    for sites in SITES:
+        for name, how in RECOVERED.items():
+            yield Cell("recovery", name, {**how, "sites": sites, "pattern": "2:4"})
     for values in ("bf16", "int8", "int4"):
         for pattern in ("2:4", "0.5"):
             settings = {"sites": "all", "pattern": pattern, "values": values}
@@ -86,24 +93,34 @@ def cells() -> Iterator[Cell]:
 
 @dataclass
 class Lab:
-    """The demo's models and text, and a dense model to put weights into."""
+    """A recipe's models and text."""
 
-    models: DemoModels
-    context: int
+    recipe: Recipe
     windows: dict[str, Windows] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(self.models.base)
-        for domain in DOMAINS:
-            documents = read_documents(self.models.corpora / domain / "heldout.jsonl")
-            self.windows[domain] = token_windows(
-                tokenizer, documents, self.context, HELD_OUT_WINDOWS
+        tokenizer = AutoTokenizer.from_pretrained(self.recipe.base)
+        for expert in self.recipe.experts:
+            if expert.domain.heldout is None:
+                raise InputError(f"expected held-out text for {expert.name}, but it has none")
+            documents = read_documents(expert.domain.heldout)
+            context = self.recipe.context_length
+            self.windows[expert.name] = token_windows(
+                tokenizer, documents, context, HELD_OUT_WINDOWS
             )
+
+    @property
+    def finetunes(self) -> list[Finetune]:
+        """Name, model and calibration text of each."""
+        return [
+            Finetune(name=expert.name, model=expert.model, data=expert.domain.calibration)
+            for expert in self.recipe.experts
+        ]
 
     def losses(self, weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Nats per token of each domain's held-out text."""
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            self.models.base, dtype=torch.float32
+            self.recipe.base, dtype=torch.float32
         )
         state = model.state_dict()
         for name, tensor in weights.items():
@@ -113,18 +130,21 @@ class Lab:
     def run(self, cell: Cell) -> dict[str, Any]:
         """Prune and measure all finetunes."""
         settings = PruneSettings(
-            **{"context_length": self.context, "windows": 128, **cell.settings}
+            **{
+                "context_length": self.recipe.context_length,
+                "windows": self.recipe.calibration_windows,
+                **cell.settings,
+            }
         )
         folder = Path(tempfile.mkdtemp(prefix="moiety-pruning-"))
         try:
             reports = self._prune(cell, settings, folder)
-            losses = {d: self.losses(_weights(folder / d, cell)) for d in DOMAINS}
+            losses = {n: self.losses(_weights(folder / n, cell)) for n in self.recipe.names}
         finally:
             shutil.rmtree(folder)
         return {
             "group": cell.group,
             "name": cell.name,
-            "settings": {**cell.settings, "recovery": settings.recovery is not None},
             "losses": losses,
             "error": statistics.mean(list(r.errors.values())[-1] for r in reports),
             "bytes": sum(report.packed_bytes for report in reports),
@@ -132,18 +152,16 @@ class Lab:
             "seconds": sum(report.seconds for report in reports),
         }
 
-    def _prune(self, cell: Cell, settings: PruneSettings, folder: Path) -> list[Any]:
-        text = {d: self.models.corpora / d / "calibration.jsonl" for d in DOMAINS}
-        if cell.shared:
-            tunes = [
-                Finetune(name=d, model=self.models.finetunes[d], data=text[d]) for d in DOMAINS
-            ]
-            return [*prune_many(tunes, folder, settings, shared_mask=self.models.base).values()]
-        base = self.models.base if cell.base else None
-        return [
-            prune(self.models.finetunes[d], folder / d, text[d], settings, base=base)
-            for d in DOMAINS
-        ]
+    def _prune(self, cell: Cell, settings: PruneSettings, folder: Path) -> list[PruneReport]:
+        base = self.recipe.base
+        reports = prune_many(
+            self.finetunes,
+            folder,
+            settings,
+            base=base if cell.base else None,
+            shared_mask=base if cell.shared else None,
+        )
+        return list(reports.values())
 
 
 def _weights(folder: Path, cell: Cell) -> Mapping[str, torch.Tensor]:
@@ -152,40 +170,44 @@ def _weights(folder: Path, cell: Cell) -> Mapping[str, torch.Tensor]:
 
 def controls(lab: Lab) -> dict[str, Any]:
     """Losses of the base and the dense finetunes."""
-    finetunes = {d: lab.losses(dense_view(lab.models.finetunes[d])) for d in DOMAINS}
-    return {"base": lab.losses({}), "dense": finetunes}
+    dense = {tune.name: lab.losses(dense_view(tune.model)) for tune in lab.finetunes}
+    return {"base": lab.losses({}), "dense": dense}
+
+
+def key_of(cell: Cell) -> str:
+    """A cell's name in the file."""
+    settings = (f"{name}={value}" for name, value in _plain(cell.settings).items())
+    return " | ".join([cell.group, cell.name, *settings])
 
 
 def main() -> None:
     """Measure what is missing and write it down after every cell."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, default=Path("experiments/pruning.json"))
     parser.add_argument("--only", help="groups, comma-separated")
-    parser.add_argument("--quick", action="store_true", help="the demo's quick models")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--part", default="1/1", help="which part of how many")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
-    size = QUICK if arguments.quick else FULL
     progress = ConsoleProgress()
-    lab = Lab(prepare(size, seed=arguments.seed, progress=progress), size.context_length)
+    lab = Lab(Recipe.read(arguments.recipe))
     results = read_json(arguments.out) if arguments.out.is_file() else {}
     results.setdefault("cells", {})
     results |= {
-        "seed": arguments.seed,
-        "context_length": lab.context,
+        "seed": lab.recipe.seed,
+        "context_length": lab.recipe.context_length,
+        "calibration_windows": lab.recipe.calibration_windows,
         "held_out_windows": HELD_OUT_WINDOWS,
         "torch": torch.__version__,
     }
     if "controls" not in results:
         results["controls"] = controls(lab)
+    part, parts = map(int, arguments.part.split("/"))
     wanted = [c for c in cells() if not arguments.only or c.group in arguments.only.split(",")]
+    wanted = [cell for cell in wanted[part - 1 :: parts] if key_of(cell) not in results["cells"]]
     for cell in progress.track(wanted, "cells", len(wanted)):
-        key = " | ".join(
-            [cell.group, cell.name, *(f"{k}={v}" for k, v in _plain(cell.settings).items())]
-        )
-        if key not in results["cells"]:
-            results["cells"][key] = lab.run(cell) | {"settings": _plain(cell.settings)}
-            write_json(arguments.out, results)
+        results["cells"][key_of(cell)] = lab.run(cell) | {"settings": _plain(cell.settings)}
+        write_json(arguments.out, results)
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The results of experiments.pruning as a page of the documentation.
 
-    python -m experiments.pruning_tables experiments/pruning.json > docs/pruning-results.md
+python -m experiments.pruning_tables experiments/pruning.json > docs/pruning-results.md
 """
 
 import statistics
@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moiety.demo.models import DOMAINS
 from moiety.files import read_json
 
 Cells = Sequence[Mapping[str, Any]]
@@ -17,12 +16,12 @@ Cells = Sequence[Mapping[str, Any]]
 
 def own(losses: Mapping[str, Mapping[str, float]]) -> float:
     """Mean over finetunes of the loss on their own domain."""
-    return statistics.mean(losses[domain][domain] for domain in DOMAINS)
+    return statistics.mean(losses[name][name] for name in losses)
 
 
 def away(losses: Mapping[str, Mapping[str, float]]) -> float:
     """Mean over finetunes of the loss on the other domains."""
-    return statistics.mean(losses[d][other] for d in DOMAINS for other in DOMAINS if other != d)
+    return statistics.mean(losses[n][other] for n in losses for other in losses if other != n)
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -50,7 +49,11 @@ class Page:
 
     def methods(self, sites: str) -> str:
         """Every method and pattern at one kind of site."""
-        cells = [c for c in self.group("table") if c["settings"]["sites"] == sites]
+        cells = [
+            cell
+            for cell in (*self.group("table"), *self.group("recovery"))
+            if cell["settings"]["sites"] == sites
+        ]
         patterns = list(dict.fromkeys(c["settings"]["pattern"] for c in cells))
         found = {(c["name"], c["settings"]["pattern"]): self.gaps(c) for c in cells}
         rows = [
@@ -61,12 +64,12 @@ class Page:
 
     def by_domain(self) -> str:
         """Own-domain losses of each finetune for 2:4 on all linear layers."""
-        rows = [["dense finetune", *(f"{self.dense[d][d]:.4f}" for d in DOMAINS)]]
-        for cell in self.group("table"):
+        rows = [["dense finetune", *(f"{self.dense[d][d]:.4f}" for d in self.dense)]]
+        for cell in (*self.group("table"), *self.group("recovery")):
             if cell["settings"]["sites"] == "all" and cell["settings"]["pattern"] == "2:4":
-                losses = (f"{cell['losses'][d][d] - self.dense[d][d]:+.4f}" for d in DOMAINS)
+                losses = (f"{cell['losses'][d][d] - self.dense[d][d]:+.4f}" for d in self.dense)
                 rows.append([cell["name"], *losses])
-        return markdown(["", *DOMAINS], rows)
+        return markdown(["", *self.dense], rows)
 
     def simple(self, group: str, first: str = "name") -> str:
         """One row a cell: gaps, bytes, seconds."""
@@ -96,11 +99,11 @@ class Page:
     def text(self) -> str:
         """The whole page."""
         base = self.results["controls"]["base"]
-        mean_base = statistics.mean(base[domain] for domain in DOMAINS)
+        mean_base = statistics.mean(base.values())
         return f"""# What pruning costs, measured
 
-The demo's four finetunes ({", ".join(DOMAINS)}), each calibrated on its own domain's text (128
-windows) and measured on held-out text of every domain ({self.results["held_out_windows"]} windows
+The demo's four finetunes ({", ".join(self.dense)}), each calibrated on its own domain's text
+({self.results["calibration_windows"]} windows) and measured on held-out text of every domain ({self.results["held_out_windows"]} windows
 a domain, context {self.results["context_length"]}, seed {self.results["seed"]}, torch
 {self.results["torch"]}). Losses are nats per token. Own domain: mean of the four. Other domains:
 mean of the twelve pairs. Controls: base {mean_base:.4f} on the same text; dense finetunes

@@ -8,6 +8,7 @@ from moiety.experts.packing import Packed, pack
 from moiety.experts.pattern import Pattern
 from moiety.experts.prune import PruneReport, prune
 from moiety.experts.recovery import BlockRecovery, recover
+from moiety.experts.rescue import rescue
 from moiety.experts.settings import PruneSettings
 from moiety.experts.width import WidthSettings, prune_width
 
@@ -28,4 +29,5 @@ __all__ = [
     "prune_many",
     "prune_width",
     "recover",
+    "rescue",
 ]

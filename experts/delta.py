@@ -106,9 +106,7 @@ class TaskVector:
         """The difference of one module's weight; InputError names it when it is damaged."""
         name = f"{module}.weight"
         base_OI = self.base[name]
-        packed = Packed(
-            self.raw[name], self.raw[f"{name}_mask"], self._scale(name), *base_OI.shape
-        )
+        packed = Packed(self.raw[name], self.raw[f"{name}_mask"], self._scale(name), *base_OI.shape)
         check_packed(name, packed, self.packing.pattern_of(module))
         return packed
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moiety.errors import InputError
 from moiety.experts.companions import copy_companions
+from moiety.experts.delta import base_of
 from moiety.experts.packing import DTYPES, FLOATS, LARGEST_CODE
 from moiety.experts.shards import SHARD_BYTES, write_weights
 from moiety.experts.unpack import DenseView, dense_view
@@ -47,6 +48,11 @@ def export_dense(
     view = dense_view(model)
     if view.packing is None:
         raise InputError(f"expected a packed model in {view.folder}, but it is dense already")
+    if base_of(view.config) is not None:
+        raise InputError(
+            f"expected whole weights in {view.folder}, but it holds differences to a base; write "
+            "base and differences with moiety.experts.delta.merge_delta"
+        )
     unpacked = wanted or getattr(view.config, "dtype", None) or torch.float32
     if view.packing.values in LARGEST_CODE and unpacked != torch.float32:
         progress.note(

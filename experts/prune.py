@@ -171,7 +171,7 @@ class _Run:
     ) -> None:
         self.settings, self.progress, self.work = settings, progress, work
         documents = read_documents(data) if isinstance(data, str | Path) else list(data)
-        self.view = dense_view(resolve(model, work / "merged"))
+        self.view = dense_view(resolve(model, work / "merged", base, progress))
         if base_of(self.view.config) is not None:
             raise InputError(
                 f"expected whole weights in {model}, but it is a task vector; export it dense first"
@@ -217,9 +217,7 @@ class _Run:
                 "is it the model that was finetuned?"
             )
 
-    def into(
-        self, out: Path, plan: str, rounds: Sequence[dict[str, Any]] = ()
-    ) -> PruneReport:
+    def into(self, out: Path, plan: str, rounds: Sequence[dict[str, Any]] = ()) -> PruneReport:
         """Prune every block that is not done yet and write the model to `out`."""
         stream, blocks = self.stream, range(len(self.stream))
         journal = Journal(self.work, self.plan())

@@ -116,8 +116,10 @@ class StreamedModel:
         }
         handles = []
         for name, module in names.items():
-            load = _load_embedding if isinstance(module, nn.Embedding) else _load_plain
-            handles.append(module.register_forward_pre_hook(load(self, name)))
+            if isinstance(module, nn.Embedding):
+                self._map_embedding(name, module)
+            else:
+                handles.append(module.register_forward_pre_hook(_load_plain(self, name)))
             handles.append(module.register_forward_hook(_in_fp32))
         try:
             yield
@@ -126,6 +128,11 @@ class StreamedModel:
                 handle.remove()
             for module in names.values():
                 _drop_weights(module)
+
+    def _map_embedding(self, name: str, module: nn.Embedding) -> None:
+        """A table of embeddings stays in its own dtype, mapped from its file, not copied."""
+        tensor = self._tensor(f"{name}.weight", module.weight.shape)
+        module.weight = nn.Parameter(tensor, requires_grad=False)
 
     @torch.no_grad()
     def _first_input(self, ids_WC: Tensor) -> Tensor:
@@ -141,6 +148,11 @@ class StreamedModel:
                 self.model(input_ids=ids_WC, use_cache=False)
         finally:
             handle.remove()
+        if not seen or seen[0].is_meta:
+            raise InputError(
+                f"expected {type(self.model).__name__} to feed its blocks from its embeddings, "
+                "but it does not; such models cannot be pruned block by block"
+            )
         return seen[0]
 
     @torch.no_grad()
@@ -156,7 +168,7 @@ class StreamedModel:
             try:
                 with contextlib.suppress(_Stop):
                     self.model(input_ids=ids_WC, use_cache=False)
-            except _WrongOutput:
+            except (_WrongOutput, ValueError):
                 continue
             finally:
                 for index, block in enumerate(originals):
@@ -210,18 +222,6 @@ def _load_plain(stream: StreamedModel, name: str) -> Any:
             for attribute, parameter in list(module.named_parameters(recurse=False)):
                 tensor = stream._tensor(f"{name}.{attribute}", parameter.shape)
                 setattr(module, attribute, nn.Parameter(tensor.float(), requires_grad=False))
-
-    return load
-
-
-def _load_embedding(stream: StreamedModel, name: str) -> Any:
-    """A table of embeddings stays in its own dtype, mapped from the file, not copied."""
-
-    def load(module: nn.Module, _inputs: Any) -> None:
-        assert isinstance(module, nn.Embedding)
-        if module.weight.is_meta:
-            tensor = stream._tensor(f"{name}.weight", module.weight.shape)
-            module.weight = nn.Parameter(tensor, requires_grad=False)
 
     return load
 

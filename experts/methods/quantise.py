@@ -89,7 +89,7 @@ def _rounding(scale_OG: Tensor, kept_OI: Tensor, largest: int) -> Decide:
 
 def _sweep(pruned_OI: Tensor, gram_II: Tensor, decide: Decide) -> Tensor:
     coupling_II, _ = surgeon_coupling(gram_II, DAMPING)
-    drift_IO = pruned_OI.T.contiguous()
+    drift_IO = pruned_OI.T.clone(memory_format=torch.contiguous_format)
     value_IO = drift_IO.clone()
     sweep = Sweep(value_IO, drift_IO, coupling_II)
     sweep.settle(0, len(value_IO), lambda column: decide(value_IO[column], column))

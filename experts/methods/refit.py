@@ -16,7 +16,7 @@ LEADING = 64
 OVERSAMPLING = 8
 POWER_STEPS = 3
 LEAST_REST = 0.1
-CHUNK_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS = 1 << 21
 SPENT_ROW = 1e-10
 SPENT_CHUNK = 1e-4
 
@@ -32,8 +32,10 @@ def refit(
 
     Kept are the entries where `mask_OI` (O, I) is true, or else where `pruned_OI` is not zero.
     At most `steps` steps of conjugate gradients for all rows of a chunk at once, one O x I x I
-    product each and one before; a chunk stops early once a step gains less than 1e-4 of its
-    error. No row gets worse, as every step is an exact line search.
+    product each and one before; a chunk stops early once a step gains its rows less than 1e-4 of
+    their error. No row gets worse: steps are exact line searches, and one that is lost in
+    rounding (it would gain less than 1e-10 of the row's energy, or more than its error) is not
+    taken.
 
     Masked conjugate gradients are those of ALPS (Meng et al. 2024, arXiv:2406.07831, algorithm 2)
     for any mask. The preconditioner is our own: G's 64 leading directions and its diagonal,
@@ -68,6 +70,7 @@ def _descend(
 ) -> Tensor:
     """Conjugate gradients on a chunk of rows; `value_OI` is changed in place and returned."""
     precondition = curvature.inverse(kept_OI)
+    least_O1 = SPENT_ROW * (weight_OI.square() @ gram_II.diagonal())[:, None]
     image_OI = weight_OI - value_OI
     residual_OI = image_OI @ gram_II
     error_O1 = _dot(image_OI, residual_OI)
@@ -81,11 +84,12 @@ def _descend(
         torch.mm(direction_OI, gram_II, out=image_OI).mul_(kept_OI)
         length_O1 = _ratio(energy_O1, _dot(direction_OI, image_OI))
         gain_O1 = length_O1 * energy_O1
-        length_O1 = torch.where(gain_O1 > SPENT_ROW * error_O1, length_O1, 0)
+        sound_O1 = (gain_O1 > least_O1) & (gain_O1 <= error_O1)
+        length_O1 = torch.where(sound_O1, length_O1, 0)
         value_OI.addcmul_(length_O1, direction_OI)
         residual_OI.addcmul_(length_O1, image_OI, value=-1)
         error_O1 -= length_O1 * energy_O1
-        if float(gain_O1.sum()) < SPENT_CHUNK * float(error_O1.sum()):
+        if float(_ratio(gain_O1, error_O1).mean()) < SPENT_CHUNK:
             break
     return value_OI
 
@@ -113,7 +117,7 @@ class _Curvature:
     @classmethod
     def of(cls, gram_II: Tensor) -> "_Curvature":
         diagonal_I = gram_II.diagonal()
-        scale_I1 = torch.where(diagonal_I > 0, diagonal_I, 1).rsqrt()[:, None]
+        scale_I1 = torch.where(diagonal_I > 0, diagonal_I.rsqrt(), 0)[:, None]
         factor_IR = _leading(lambda basis_IR: scale_I1 * (gram_II @ (scale_I1 * basis_IR)), gram_II)
         left_I1 = 1 - factor_IR.square().sum(1, keepdim=True)
         left_I1.clamp_(min=max(LEAST_REST * float(left_I1.mean()), 1e-4))

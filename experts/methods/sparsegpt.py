@@ -37,7 +37,7 @@ def sparsegpt(
     if pattern.is_dense:
         return weight_OI.clone()
     coupling_II, price_I = surgeon_coupling(gram_II, damping)
-    drift_IO = weight_OI.T.contiguous()
+    drift_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
     drift_IO[gram_II.diagonal() <= 0] = 0
     value_IO = drift_IO.clone()
     sweep = Sweep(value_IO, drift_IO, coupling_II)

@@ -11,56 +11,51 @@ from moiety.console import ConsoleProgress
 from moiety.errors import InputError
 
 
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL | NAME=MODEL...",
+        help="A finetune (folder, hub id or PEFT adapter), or several, each with a name.",
+    ),
+]
+Texts = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        metavar="FILE | NAME=FILE",
+        help="Calibration text of the finetune's domain: file, folder or datasets:ID.",
+    ),
+]
+Out = Annotated[Path, typer.Option(help="New folder for the packed model (or models).")]
+PATTERN = "Kept:group as in 2:4 or 4:8, or the share kept, as in 0.5."
+SITES = "all, ffn, attention, or globs such as '*.down_proj,*.o_proj'."
+METHOD = "sparsegpt, alps, wanda, ria or magnitude."
+RECOVER = "Then train the kept values block by block."
+VALUES = "Kept values as bf16, fp16, fp32, int8 or int4."
+BASE = "Prune the difference to this base, which stays dense."
+MASKS = "Take over the masks of this packed model."
+SHARED = "One mask for all finetunes, chosen on this base."
+ALLOCATION = "uniform, or owl: each block its own density."
+SCHEDULE = "Patterns to go through before, as in 0.8,0.65."
+
+
 @app.command(rich_help_panel=EXPERTS)
 def prune(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL | NAME=MODEL...",
-            help="A finetune (folder, hub id or PEFT adapter), or several, each with a name.",
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="New folder for the packed model (or models).")],
-    data: Annotated[
-        list[str],
-        typer.Option(
-            metavar="FILE | NAME=FILE",
-            help="Calibration text of the finetune's domain: file, folder or datasets:ID.",
-        ),
-    ],
-    pattern: Annotated[
-        str, typer.Option(help="Kept:group as in 2:4 or 4:8, or the share kept, as in 0.5.")
-    ] = "2:4",
-    sites: Annotated[
-        str, typer.Option(help="all, ffn, attention, or globs such as '*.down_proj,*.o_proj'.")
-    ] = "all",
-    method: Annotated[
-        str, typer.Option(help="sparsegpt, alps, wanda, ria or magnitude.")
-    ] = "sparsegpt",
+    models: Models,
+    out: Out,
+    data: Texts,
+    pattern: Annotated[str, typer.Option(help=PATTERN)] = "2:4",
+    sites: Annotated[str, typer.Option(help=SITES)] = "all",
+    method: Annotated[str, typer.Option(help=METHOD)] = "sparsegpt",
     best: Annotated[bool, typer.Option("--best", help="The same as --method alps.")] = False,
     refit_steps: Annotated[int | None, typer.Option(help="Refit steps; 0: none.", min=0)] = None,
-    recover: Annotated[
-        bool, typer.Option("--recover", help="Then train the kept values block by block.")
-    ] = False,
-    values: Annotated[
-        str, typer.Option(help="Kept values as bf16, fp16, fp32, int8 or int4.")
-    ] = "bf16",
-    base: Annotated[
-        str | None, typer.Option(help="Prune the difference to this base, which stays dense.")
-    ] = None,
-    masks: Annotated[
-        str | None, typer.Option(help="Take over the masks of this packed model.")
-    ] = None,
-    shared_mask: Annotated[
-        str | None,
-        typer.Option(metavar="BASE", help="One mask for all finetunes, chosen on this base."),
-    ] = None,
-    allocation: Annotated[
-        str, typer.Option(help="uniform, or owl: each block its own density.")
-    ] = "uniform",
-    schedule: Annotated[
-        str, typer.Option(help="Patterns to go through before, as in 0.8,0.65.")
-    ] = "",
+    recover: Annotated[bool, typer.Option("--recover", help=RECOVER)] = False,
+    values: Annotated[str, typer.Option(help=VALUES)] = "bf16",
+    base: Annotated[str | None, typer.Option(help=BASE)] = None,
+    masks: Annotated[str | None, typer.Option(help=MASKS)] = None,
+    shared_mask: Annotated[str | None, typer.Option(metavar="BASE", help=SHARED)] = None,
+    allocation: Annotated[str, typer.Option(help=ALLOCATION)] = "uniform",
+    schedule: Annotated[str, typer.Option(help=SCHEDULE)] = "",
     windows: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     context_length: Context = 512,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 8,
@@ -115,9 +110,7 @@ def _prune(
         return
     named, texts = pairs(list(models), "MODEL"), pairs(list(data))
     if named.keys() != texts.keys():
-        raise InputError(
-            f"expected --data for {', '.join(named)}, but it names {', '.join(texts)}"
-        )
+        raise InputError(f"expected --data for {', '.join(named)}, but it names {', '.join(texts)}")
     finetunes = [Finetune(name=name, model=named[name], data=texts[name]) for name in named]
     reports = prune_many(finetunes, out, settings, progress, **sources)
     if not PartialState(cpu=True).is_main_process:

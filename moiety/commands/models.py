@@ -97,7 +97,9 @@ def export(
     dense: Annotated[
         bool, typer.Option("--dense", help="As a stock dense checkpoint, for other engines.")
     ] = False,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as it is.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32; default: as it is.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="A task vector's base, if it moved.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -128,3 +130,62 @@ def export(
         "dense_bytes": report.dense_bytes,
     }
     show(values, [Table(title=f"dense model in {out}", columns=("", ""), rows=rows)], as_json)
+
+
+@app.command(rich_help_panel=EXPERTS)
+def rescue(
+    model: Annotated[str, typer.Argument(help="An old sparse-24-bitmask or sparse-bitmask model.")],
+    out: Out,
+    as_json: Json = False,
+) -> None:
+    """Open an old compressed-tensors sparse checkpoint, checked, as a packed model."""
+    from dataclasses import asdict
+
+    from moiety.analysis.tables import Table
+    from moiety.experts import rescue as run
+
+    quiet_libraries()
+    report = run(model, out, ConsoleProgress())
+    values = asdict(report)
+    rows = tuple((name.replace("_", " "), _plain(value)) for name, value in values.items())
+    show(values, [Table(title=f"packed model in {out}", columns=("", ""), rows=rows)], as_json)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_plain(one)}" for name, one in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@app.command(rich_help_panel=EXPERTS)
+def narrow(
+    model: Annotated[str, typer.Argument(help="A dense model: folder or hub id.")],
+    out: Out,
+    data: Annotated[str, typer.Option(metavar="FILE", help="Text of its domain.")],
+    keep: Annotated[float, typer.Option(help="Share of the FFN neurons to keep.")] = 0.75,
+    multiple: Annotated[int, typer.Option(help="Round to a multiple of this.", min=1)] = 8,
+    refit: Annotated[bool, typer.Option(help="Fit the last FFN matrix again.")] = True,
+    windows: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
+    context_length: Context = 512,
+    as_json: Json = False,
+) -> None:
+    """Fewer FFN neurons: a smaller dense model of the stock kind."""
+    from moiety.analysis.tables import Table
+    from moiety.experts import WidthSettings, prune_width
+
+    quiet_libraries()
+    settings = WidthSettings(
+        keep=keep, multiple=multiple, refit=refit, windows=windows, context_length=context_length
+    )
+    report = prune_width(model, out, data, settings, ConsoleProgress())
+    rows = tuple(
+        (str(number), f"{block.error_cut:.2e}", f"{block.error_after:.2e}")
+        for number, block in enumerate(report.blocks)
+    )
+    note = (
+        f"{report.config_field} {report.width_before:,} -> {report.width_after:,}; parameters "
+        f"{report.parameters_before:,} -> {report.parameters_after:,}; {report.seconds:.1f} s"
+    )
+    columns = ("block", "error of the FFN, cut", "as written")
+    table = Table(title=f"smaller dense model in {out}", columns=columns, rows=rows, note=note)
+    show(report.to_dict(), [table], as_json)

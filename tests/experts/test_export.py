@@ -111,6 +111,12 @@ def test_what_cannot_be_exported_is_refused(packs: Any, tmp_path: Path) -> None:
         export_dense(packed, tmp_path / "out", "int8")
     with pytest.raises(OutputError, match="holds files"):
         export_dense(packed, tmp_path / "dense")
+    config = json.loads((packed / "config.json").read_text())
+    vector = {**config, "moiety": {"task_vector_of": "base"}}
+    (packed / "config.json").write_text(json.dumps(vector))
+    with pytest.raises(InputError, match="differences to a base"):
+        export_dense(packed, tmp_path / "out")
+    (packed / "config.json").write_text(json.dumps(config))
     tensors = load_file(packed / "model.safetensors")
     tensors["model.norm.weight"][0] = 1e9
     save_file(tensors, packed / "model.safetensors", {"format": "pt"})

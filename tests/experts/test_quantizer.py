@@ -153,6 +153,18 @@ def test_device_maps_and_shards_and_generate(
     assert torch.equal(ours, theirs)
 
 
+def test_what_transformers_does_not_know_is_reported(
+    packs: Any, tmp_path: Path, reports: Any
+) -> None:
+    """The control of the silence above."""
+    folder = written(packs, tmp_path, "mixtral", "0.5", "int8")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.block_sparse_moe.experts.0.w1.strange"] = torch.zeros(1)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert "UNEXPECTED" in reports.text
+
+
 def test_a_packed_model_compiles_without_graph_breaks(
     packs: Any, tmp_path: Path, kind: str
 ) -> None:

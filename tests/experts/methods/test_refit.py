@@ -1,0 +1,104 @@
+"""The refit against exact least squares, and what it does at the edges."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moiety.errors import InputError
+from moiety.experts import Pattern
+from moiety.experts.methods import magnitude, refit, relative_error, sparsegpt, wanda
+
+TWO_FOUR = Pattern(2, 4)
+
+
+def least_squares(weight: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
+    """The best values for a mask, row by row in fp64."""
+    exact = torch.zeros_like(weight, dtype=torch.float64)
+    gram = gram.double()
+    for row, kept in enumerate(mask):
+        right = (gram[kept] @ weight[row].double())[:, None]
+        exact[row, kept] = torch.linalg.lstsq(gram[kept][:, kept], right).solution[:, 0]
+    return exact.float()
+
+
+@pytest.mark.parametrize("columns", [4, 24, 96])
+def test_it_converges_to_least_squares(problem, columns: int) -> None:
+    weight, gram = problem(5, columns)
+    pruned = wanda(weight, gram, TWO_FOUR)
+    exact = least_squares(weight, pruned != 0, gram)
+    torch.testing.assert_close(refit(weight, pruned, gram, 80), exact, rtol=5e-2, atol=5e-2)
+    best = relative_error(weight, exact, gram)
+    assert relative_error(weight, refit(weight, pruned, gram, 80), gram) < best * 1.001
+
+
+@pytest.mark.parametrize("method", [magnitude, wanda, sparsegpt])
+def test_default_steps_get_almost_all_of_the_gain(problem, method) -> None:
+    weight, gram = problem(48, 256)
+    pruned = method(weight, gram, TWO_FOUR)
+    before = relative_error(weight, pruned, gram)
+    best = relative_error(weight, least_squares(weight, pruned != 0, gram), gram)
+    found = relative_error(weight, refit(weight, pruned, gram), gram)
+    assert before - found > 0.95 * (before - best)
+
+
+def test_more_steps_err_less(problem) -> None:
+    weight, gram = problem(16, 128)
+    pruned = wanda(weight, gram, TWO_FOUR)
+    errors = [
+        relative_error(weight, refit(weight, pruned, gram, steps), gram) for steps in range(6)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert torch.equal(refit(weight, pruned, gram, 0), pruned)
+
+
+def test_kept_zeros_move_under_an_explicit_mask(problem) -> None:
+    weight, gram = problem(6, 16)
+    mask = TWO_FOUR.mask(weight.abs())
+    start = weight * mask
+    start[:, :8] = 0
+    moved = refit(weight, start, gram, 60, mask_OI=mask)
+    assert not moved[~mask].any()
+    assert moved[:, :8][mask[:, :8]].all()
+    torch.testing.assert_close(moved, refit(weight, weight * mask, gram, 60), rtol=1e-2, atol=1e-2)
+
+
+def test_values_outside_the_mask_are_dropped(problem) -> None:
+    weight, gram = problem(6, 16)
+    mask = TWO_FOUR.mask(weight.abs())
+    assert not refit(weight, weight, gram, 1, mask_OI=mask)[~mask].any()
+
+
+def test_the_optimum_stays(problem) -> None:
+    weight, gram = problem(4, 32)
+    pruned = wanda(weight, gram, TWO_FOUR)
+    exact = least_squares(weight, pruned != 0, gram)
+    again = refit(weight, exact, gram, 20)
+    torch.testing.assert_close(again, exact, rtol=1e-3, atol=1e-3)
+    assert torch.equal(refit(weight, weight, gram), weight)
+
+
+def test_rows_are_refitted_apart(problem) -> None:
+    weight, gram = problem(6, 64)
+    pruned = wanda(weight, gram, TWO_FOUR)
+    weight[2] *= 1e4
+    pruned[2] *= 1e4
+    whole = refit(weight, pruned, gram, 12)
+    alone = refit(weight[3:4], pruned[3:4], gram, 12)
+    torch.testing.assert_close(whole[3:4], alone, rtol=2e-2, atol=2e-2)
+
+
+def test_empty_rows_and_dead_columns_are_left(problem) -> None:
+    weight, gram = problem(5, 16)
+    gram[:, 3] = gram[3, :] = 0
+    pruned = wanda(weight, gram, TWO_FOUR)
+    pruned[1] = 0
+    pruned[:, 3] = 1
+    found = refit(weight, pruned, gram)
+    assert not found[1, [0, 1, 2, *range(4, 16)]].any()
+    assert torch.equal(found[:, 3], pruned[:, 3])
+
+
+def test_wrong_types_are_refused(problem) -> None:
+    weight, gram = problem(4, 8)
+    with pytest.raises(InputError, match="fp32 weight"):
+        refit(weight.half(), weight, gram)
