@@ -22,6 +22,8 @@ from moiety.text import Windows, read_documents, token_windows
 
 Scores = dict[str, Score]
 
+BF16_BYTES = 2
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -196,16 +198,17 @@ def speed(
 def model_bytes(model: nn.Module) -> dict[str, int]:
     """Resident weight bytes of a packed composite and of the same one with dense experts.
 
-    `experts_packed` counts kept values and masks; `experts_dense` the same matrices dense in the
-    values' own dtype.
+    `experts_packed` counts kept values, masks and scales; `experts_dense` the same matrices dense
+    in the values' own dtype, bf16 where those are integers.
     """
     packed = dense = 0
     for module in model.modules():
         if isinstance(module, SparseExperts | SparseLinear):
-            for name, parameter in module.named_parameters():
-                packed += parameter.nbytes
-                if not name.endswith("_mask"):
-                    dense += round(parameter.nbytes / module.pattern.density)
+            packed += sum(module.get_parameter(name).nbytes for name in module.packed_names)
+            for name, width in module.widths.items():
+                values, mask, _ = module.packed(name)
+                size = values.element_size() if values.is_floating_point() else BF16_BYTES
+                dense += mask.shape[:-1].numel() * width * size
     total = sum(parameter.nbytes for parameter in model.parameters())
     return {
         "dense_composite": total - packed + dense,

@@ -4,11 +4,10 @@ Every method against the published algorithm run plainly, column by column, in t
 on the same matrix: seconds, and the relative output error `tr(ΔGΔᵀ) / tr(WGWᵀ)`. Weights are
 random, inputs synthetic: a low-rank part, noise and a few outlier channels. Takes several minutes.
 
-O out features, I in features, C columns of one block, M of one group, T tokens.
+O out features, I in features, C columns of one block, M of one group, K kept of it, T tokens.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,9 @@ def _plain_block(weight_OC: Tensor, factor_CC: Tensor) -> Tensor:
         offset = column % PATTERN.group
         if offset == 0:
             group = slice(column, column + PATTERN.group)
-            keep_OM = PATTERN.mask((weight_OC[:, group] / scale_C[group]).square())
+            cost_OM = (weight_OC[:, group] / scale_C[group]).square()
+            dearest_OK = cost_OM.topk(PATTERN.kept, dim=1).indices
+            keep_OM = torch.zeros_like(cost_OM).scatter_(1, dearest_OK, 1)
         kept_O = weight_OC[:, column] * keep_OM[:, offset]
         error_O = (weight_OC[:, column] - kept_O) / scale_C[column]
         weight_OC[:, column] = kept_O
@@ -117,28 +118,67 @@ def _quantised(method: Prune, bits: int) -> Prune:
 
 def pruning_rows(shapes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     """Every method on every shape."""
-    rows: list[dict[str, Any]] = []
-    for shape in shapes:
-        weight_OI, gram_II = problem(*shape)
-        fast, slow = contenders()
-        found: dict[str, Tensor] = {}
+    return [row for shape in shapes for row in _rows_of(*shape)]
 
-        def timed(
-            runs: dict[str, Prune],
-            rounds: int,
-            weight_OI: Tensor = weight_OI,
-            gram_II: Tensor = gram_II,
-            found: dict[str, Tensor] = found,
-        ) -> dict[str, float]:
-            def run(name: str, method: Prune) -> None:
-                found[name] = method(weight_OI, gram_II)
 
-            bound = {name: lambda n=name, m=method: run(n, m) for name, method in runs.items()}
-            return interleaved(bound, rounds, warm_up=1 if rounds > 1 else 0)
+def _rows_of(rows: int, columns: int) -> list[dict[str, Any]]:
+    weight_OI, gram_II = problem(rows, columns)
+    found: dict[str, Tensor] = {}
 
-        seconds = timed(fast, FAST_ROUNDS) | timed(slow, 1)
-        errors = dict(
-            zip(found, relative_errors(weight_OI, list(found.values()), gram_II), strict=True)
-        )
-        rows += [_row(name, shape, seconds, errors[name]) for name in seconds]
-    return rows
+    def timed(methods: dict[str, Prune], rounds: int, warm_up: int) -> dict[str, float]:
+        def run(name: str) -> None:
+            found[name] = methods[name](weight_OI, gram_II)
+
+        runs = {name: lambda name=name: run(name) for name in methods}
+        return interleaved(runs, rounds, warm_up)
+
+    fast, slow = contenders()
+    seconds = timed(fast, FAST_ROUNDS, 1) | timed(slow, 1, 0)
+    errors = relative_errors(weight_OI, list(found.values()), gram_II)
+    return [
+        {
+            "case": name,
+            "shape": [rows, columns],
+            "pattern": str(PATTERN),
+            "seconds": seconds[name],
+            "ratio": ratios({PEER: seconds[PEER], name: seconds[name]}, name),
+            "relative_error": error,
+        }
+        for name, error in zip(found, errors, strict=True)
+    ]
+
+
+def show(rows: list[dict[str, Any]], device: str) -> None:
+    """One table a shape, ratio first."""
+    console = Console()
+    console.width = max(console.width, 110)
+    for shape in sorted({tuple(row["shape"]) for row in rows}):
+        name = f"{shape[0]} x {shape[1]}, {PATTERN}, {device}"
+        table = Table(title=name, title_justify="left")
+        table.add_column("method")
+        for heading in (f"{PEER} s / its s", "relative error", "seconds"):
+            table.add_column(heading, justify="right")
+        for row in rows:
+            if tuple(row["shape"]) == shape:
+                ratio = row["ratio"].get(PEER, 1)
+                cells = (f"{ratio:.2f}", f"{row['relative_error']:.5f}", f"{row['seconds']:.2f}")
+                table.add_row(row["case"], *cells)
+        console.print(table)
+
+
+def main() -> None:
+    """Run all, print the tables, write the JSON if asked."""
+    parser = argparse.ArgumentParser(prog="benchmarks.pruning", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small matrices, under a minute")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    arguments = parser.parse_args()
+    isa = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    rows = pruning_rows(QUICK_SHAPES if arguments.quick else SHAPES)
+    show(rows, f"CPU {isa}, {threads} threads")
+    if arguments.json:
+        write_json(arguments.json, {"device": "cpu", "threads": threads, "isa": isa, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

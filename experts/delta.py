@@ -17,7 +17,6 @@ from moiety.experts import kernels
 from moiety.experts.checkpoint import Checkpoint
 from moiety.experts.companions import copy_companions
 from moiety.experts.packing import Packed, check_packed
-from moiety.experts.pattern import Pattern
 from moiety.experts.quantizer import PackedConfig
 from moiety.experts.shards import write_weights
 from moiety.experts.unpack import DenseView, dense_view
@@ -106,13 +105,11 @@ class TaskVector:
         """The difference of one module's weight; InputError names it when it is damaged."""
         name = f"{module}.weight"
         base_OI = self.base[name]
-        packed = Packed(self.raw[name], self.raw[f"{name}_mask"], self._scale(name), *base_OI.shape)
+        mask_OB, scale_OG = self.raw[f"{name}_mask"], self.raw.get(f"{name}_scale")
+        rows, columns = base_OI.shape
+        packed = Packed(self.raw[name], mask_OB, scale_OG, rows, columns)
         check_packed(name, packed, self.packing.pattern_of(module))
         return packed
-
-    def _scale(self, name: str) -> Tensor | None:
-        scale = f"{name}_scale"
-        return self.raw[scale] if scale in self.raw else None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The dense weights of the finetune: base plus differences, in the base's dtypes."""
@@ -165,7 +162,7 @@ def _stock(
 def _plain(config: PretrainedConfig) -> PretrainedConfig:
     """The configuration of a dense model that is no task vector."""
     plain = copy.deepcopy(config)
-    del plain.quantization_config
+    delattr(plain, "quantization_config")
     delattr(plain, SECTION)
     return plain
 

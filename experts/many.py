@@ -26,8 +26,9 @@ class Finetune:
 
     def documents(self) -> list[str]:
         """The text, read."""
-        is_source = isinstance(self.data, str | Path)
-        return read_documents(self.data) if is_source else list(self.data)
+        if isinstance(self.data, str | Path):
+            return read_documents(self.data)
+        return list(self.data)
 
 
 def prune_many(

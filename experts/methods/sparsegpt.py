@@ -30,7 +30,7 @@ def sparsegpt(
     calibration never excited are set to zero. A density chooses within blocks of 32 columns; a
     block's count is the mean of an even share and of the share that its weights have among the
     matrix's costliest before any update (the paper: even shares, 128 columns). `damping` is
-    relative to the mean diagonal.
+    relative to each input's own energy (the paper: to the mean).
     """
     check_problem(weight_OI, gram_II)
     pattern.check_width(weight_OI.shape[1])

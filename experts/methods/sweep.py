@@ -71,22 +71,21 @@ def surgeon_coupling(gram_II: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     minus its settled weight; so H is factorised once and never inverted. Removing a weight w
     costs (w R_jj)².
 
-    Columns that calibration never excited count as independent of the rest. `damping` is relative
-    to the mean diagonal; tries fp32, then fp64 with damping up to 10⁴ times larger. Raises
-    InputError when even that fails, or for NaN or infinite activations.
+    `damping` raises each diagonal entry by that share of itself, not of the mean diagonal as
+    published, so that a few channels with huge activations do not drown all others. Columns that
+    calibration never excited count as independent of the rest. Tries fp32, then fp64 with damping
+    up to 10⁴ times larger. Raises InputError when even that fails, or for NaN or infinite
+    activations.
     """
     check_finite(gram_II)
-    diagonal_I = gram_II.diagonal()
-    dead_I = diagonal_I <= 0
-    mean = diagonal_I[~dead_I].mean() if bool((~dead_I).any()) else gram_II.new_ones(())
     attempts = [
         (torch.float32, damping),
         *((torch.float64, damping * 10**power) for power in range(ESCALATIONS)),
     ]
     for dtype, strength in attempts:
         reversed_II = gram_II.flip(0, 1).to(dtype)
-        reversed_II.diagonal()[dead_I.flip(0)] = mean.to(dtype)
-        reversed_II.diagonal().add_(strength * mean.to(dtype))
+        diagonal_I = reversed_II.diagonal()
+        diagonal_I.mul_(1 + strength)[diagonal_I <= 0] = 1
         lower_II, failed = torch.linalg.cholesky_ex(reversed_II)
         if not int(failed):
             factor_II = lower_II.flip(0, 1)
@@ -94,5 +93,5 @@ def surgeon_coupling(gram_II: Tensor, damping: float) -> tuple[Tensor, Tensor]:
             return factor_II.div_(price_I).to(gram_II.dtype), price_I.to(gram_II.dtype)
     raise InputError(
         f"expected a Gram matrix that damping makes positive definite, but damping "
-        f"{damping * 10 ** (ESCALATIONS - 1):g} of its mean diagonal is not enough"
+        f"{damping * 10 ** (ESCALATIONS - 1):g} of its diagonal is not enough"
     )

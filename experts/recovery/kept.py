@@ -41,7 +41,7 @@ def rounded(value: Tensor, stored: torch.dtype) -> Tensor:
 
 
 class KeptValues(nn.Module):
-    """A torch parametrization: a weight (O, I) made of its kept values (N,), which are fp32.
+    """A torch parametrization: an fp32 weight (O, I) made of its kept values (N,).
 
     The forward pass sees them rounded to `stored`, the dtype they will be saved in, so the model
     that is trained is the one that is saved. Places that are not kept hold `rest_OI`, or 0.
@@ -50,43 +50,30 @@ class KeptValues(nn.Module):
     mask_OI: Tensor
     rest_OI: Tensor | None
 
-    def __init__(
-        self,
-        mask_OI: Tensor,
-        dtype: torch.dtype,
-        stored: torch.dtype,
-        rest_OI: Tensor | None = None,
-    ) -> None:
+    def __init__(self, mask_OI: Tensor, stored: torch.dtype, rest_OI: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("mask_OI", mask_OI, persistent=False)
         self.register_buffer("rest_OI", rest_OI, persistent=False)
-        self.dtype = dtype
         self.stored = stored
 
     def forward(self, values_N: Tensor) -> Tensor:
         """The weight (O, I) from its kept values."""
-        values_N = rounded(values_N, self.stored).to(self.dtype)
+        values_N = rounded(values_N, self.stored)
         return cast(Tensor, _Place.apply(values_N, self.mask_OI, self.rest_OI))
 
     def right_inverse(self, weight_OI: Tensor) -> Tensor:
         """The kept values (N,) of a weight."""
-        return weight_OI.detach().masked_select(self.mask_OI).float()
+        return weight_OI.detach().masked_select(self.mask_OI)
 
 
 def attach(
     linear: nn.Module,
     mask_OI: Tensor,
-    stored: torch.dtype | None = None,
+    stored: torch.dtype = torch.float32,
     rest_OI: Tensor | None = None,
 ) -> nn.Parameter:
-    """Make `linear.weight` of trainable kept values (N,) from here on, and give them.
-
-    `stored` is the weight's own dtype by default.
-    """
-    weight_OI = linear.get_parameter("weight")
-    dtype = weight_OI.dtype
-    kept = KeptValues(mask_OI.to(weight_OI.device), dtype, stored or dtype, rest_OI)
-    linear.weight = nn.Parameter(weight_OI.detach().float())
+    """Make the fp32 `linear.weight` of trainable kept values (N,) from here on, and give them."""
+    kept = KeptValues(mask_OI.to(linear.get_parameter("weight").device), stored, rest_OI)
     parametrize.register_parametrization(linear, "weight", kept, unsafe=True)
     values_N = cast(Any, linear.parametrizations)["weight"].original
     assert isinstance(values_N, nn.Parameter)
@@ -98,24 +85,25 @@ def attach(
 def kept_values(
     module: nn.Module, masks: Mapping[str, Tensor]
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Inside the block, weights are made of trainable kept values (N,) in fp32, given by name.
+    """Inside the block, fp32 weights are made of trainable kept values (N,), given by name.
 
     `masks` maps names of layers within `module` to boolean masks (O, I) of their weights. Places
     outside a mask stay as they are. After the block every weight is its old parameter again,
     holding the trained values. Raises InputError when a mask does not fit its weight.
     """
     layers = {name: module.get_submodule(name) for name in masks}
-    weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
     for name, mask_OI in masks.items():
-        _check_mask(name, weights[name], mask_OI)
+        _check_mask(name, layers[name].get_parameter("weight"), mask_OI)
     values: dict[str, nn.Parameter] = {}
     try:
         for name, mask_OI in masks.items():
-            values[name] = attach(layers[name], mask_OI, rest_OI=weights[name].detach())
+            rest_OI = layers[name].get_parameter("weight").detach()
+            values[name] = attach(layers[name], mask_OI, rest_OI=rest_OI)
         yield values
     finally:
         for name in values:
-            _restore(layers[name], weights[name])
+            with torch.no_grad():
+                parametrize.remove_parametrizations(layers[name], "weight")
 
 
 def _check_mask(name: str, weight_OI: Tensor, mask_OI: Tensor) -> None:
@@ -124,11 +112,3 @@ def _check_mask(name: str, weight_OI: Tensor, mask_OI: Tensor) -> None:
             f"{name}: expected a boolean mask of shape {tuple(weight_OI.shape)}, "
             f"but it is {mask_OI.dtype} of shape {tuple(mask_OI.shape)}"
         )
-
-
-@torch.no_grad()
-def _restore(layer: nn.Module, weight_OI: nn.Parameter) -> None:
-    trained_OI = cast(Tensor, layer.weight)
-    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-    weight_OI.copy_(trained_OI)
-    layer.weight = weight_OI

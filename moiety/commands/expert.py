@@ -10,7 +10,6 @@ from moiety.commands.common import EXPERTS, Context, Json, app, pairs, quiet_lib
 from moiety.console import ConsoleProgress
 from moiety.errors import InputError
 
-
 Models = Annotated[
     list[str],
     typer.Argument(

@@ -60,7 +60,7 @@ def test_only_what_differs_is_stored(world: Any, delta: Path) -> None:
 
 
 def test_a_task_vector_is_not_mistaken_for_a_model(world: Any, delta: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="differences to a base.*open_delta"):
+    with pytest.raises(InputError, match=r"differences to a base.*open_delta"):
         AutoModelForCausalLM.from_pretrained(delta)
     with pytest.raises(InputError, match="holds whole weights"):
         open_delta(world.finetunes["letters"])
