@@ -9,7 +9,7 @@ TEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-SOURCES := moiety experts routers compose analysis tests benchmarks setup.py
+SOURCES := moiety experts routers compose analysis tests benchmarks experiments setup.py
 
 .PHONY: help install install-dev demo test check format bench clean
 

@@ -12,6 +12,7 @@ import argparse
 import shutil
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -138,7 +139,9 @@ class Lab:
         )
         folder = Path(tempfile.mkdtemp(prefix="moiety-pruning-"))
         try:
+            start = time.perf_counter()
             reports = self._prune(cell, settings, folder)
+            seconds = time.perf_counter() - start
             losses = {n: self.losses(_weights(folder / n, cell)) for n in self.recipe.names}
         finally:
             shutil.rmtree(folder)
@@ -149,7 +152,7 @@ class Lab:
             "error": statistics.mean(list(r.errors.values())[-1] for r in reports),
             "bytes": sum(report.packed_bytes for report in reports),
             "dense_bytes": sum(report.dense_bytes for report in reports),
-            "seconds": sum(report.seconds for report in reports),
+            "seconds": seconds,
         }
 
     def _prune(self, cell: Cell, settings: PruneSettings, folder: Path) -> list[PruneReport]:

@@ -85,7 +85,8 @@ def surgeon_coupling(gram_II: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     for dtype, strength in attempts:
         reversed_II = gram_II.flip(0, 1).to(dtype)
         diagonal_I = reversed_II.diagonal()
-        diagonal_I.mul_(1 + strength)[diagonal_I <= 0] = 1
+        diagonal_I.mul_(1 + strength)
+        diagonal_I[diagonal_I <= 0] = 1
         lower_II, failed = torch.linalg.cholesky_ex(reversed_II)
         if not int(failed):
             factor_II = lower_II.flip(0, 1)

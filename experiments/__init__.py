@@ -1,0 +1,1 @@
+"""Recipes and results: what happens when finetunes are pruned and merged."""
