@@ -76,13 +76,19 @@ def write_text(path: Path, windows: int) -> None:
     path.write_text("\n".join(lines))
 
 
-def child(folder: Path, windows: int) -> None:
+def child(folder: Path, windows: int, refit_steps: int) -> None:
     """Prune and print seconds and peak memory: what the parent process reads."""
     from moiety.experts import PruneSettings, prune
 
     before = peak()
     start = time.perf_counter()
-    settings = PruneSettings(sites="all", windows=windows, context_length=CONTEXT, batch_size=4)
+    settings = PruneSettings(
+        sites="all",
+        windows=windows,
+        context_length=CONTEXT,
+        batch_size=4,
+        refit_steps=refit_steps,
+    )
     report = prune(folder / "model", folder / "pruned", folder / "text.jsonl", settings)
     values = {
         "seconds": time.perf_counter() - start,
@@ -100,7 +106,7 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(windows: int, layers: int) -> dict[str, Any]:
+def measure(windows: int, layers: int, refit_steps: int) -> dict[str, Any]:
     """Make the model, prune it in a child process, put the figures together."""
     with tempfile.TemporaryDirectory(prefix="moiety-memory-") as name:
         folder = Path(name)
@@ -108,9 +114,8 @@ def measure(windows: int, layers: int) -> dict[str, Any]:
         sizes = random_llama(folder / "model", layers)
         write_text(folder / "text.jsonl", windows)
         command = [sys.executable, "-m", "benchmarks.prune_memory", "--child", str(folder)]
-        done = subprocess.run(
-            [*command, "--windows", str(windows)], check=True, capture_output=True, text=True
-        )
+        options = ["--windows", str(windows), "--refit-steps", str(refit_steps)]
+        done = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
     width, block = SHAPE["hidden_size"], 2 * sizes["block"]
     activations = found["calibration_tokens"] * width * 2
@@ -134,13 +139,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--refit-steps", type=int, default=8, help="fewer: the same memory")
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        child(arguments.child, arguments.windows)
+        child(arguments.child, arguments.windows, arguments.refit_steps)
         return
-    found = measure(arguments.windows, arguments.layers)
+    found = measure(arguments.windows, arguments.layers, arguments.refit_steps)
     table = Table("figure", "value", title="peak memory of moiety prune, 2:4 on all linear layers")
     for name, value in found.items():
         shown = f"{value / MIB:,.0f} MiB" if name.endswith("bytes") else str(value)
