@@ -44,14 +44,13 @@ class WidthSettings:
     """How to prune the width.
 
     Every block keeps the same share `keep` of its FFN neurons, rounded to a multiple of
-    `multiple` (what fast kernels and tensor parallelism want). `rounds` of elimination choose
-    them; `refit` then solves the last matrix by least squares with `damping` of the Gram
-    matrix's mean diagonal. Calibration takes `windows` windows of `context_length` tokens.
+    `multiple` (what fast kernels and tensor parallelism want); `refit` then solves the last
+    matrix by least squares with `damping` of the Gram matrix's mean diagonal. Calibration takes
+    `windows` windows of `context_length` tokens.
     """
 
     keep: float = 0.75
     multiple: int = 8
-    rounds: int = 8
     refit: bool = True
     damping: float = 0.01
     context_length: int = 512
@@ -63,7 +62,7 @@ class WidthSettings:
             raise InputError(f"keep must be above 0 and at most 1, but it is {self.keep}")
         if not self.damping > 0:
             raise InputError(f"damping must be positive, but it is {self.damping}")
-        for name in ("multiple", "rounds", "windows", "batch_size"):
+        for name in ("multiple", "windows", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, but it is {getattr(self, name)}")
 
@@ -213,7 +212,7 @@ class _WidthPruner:
             assert isinstance(down, nn.Linear)
             gram_FF = GramCollector({"down": down}).run(block, batches)["down"]
             down_DF = down.weight.detach().clone()
-            kept_S = keep_neurons(down_DF, gram_FF, self.after, settings.rounds, settings.damping)
+            kept_S = keep_neurons(down_DF, gram_FF, self.after)
             cut_DS = down_DF[:, kept_S]
             after_DS = cut_DS
             if settings.refit:

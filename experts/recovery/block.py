@@ -32,7 +32,7 @@ class BlockRecovery:
     cosine. `seed` orders the batches.
     """
 
-    epochs: int = 8
+    epochs: int = 16
     rate: float = 0.02
     held_back: float = 0.2
     seed: int = 0
