@@ -128,6 +128,18 @@ def test_the_whole_width_is_the_same_model(world: Any, tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_bf16_models_stay_bf16(world: Any, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    model = AutoModelForCausalLM.from_pretrained(world.finetunes[DENSE], dtype=torch.bfloat16)
+    model.save_pretrained(dense)
+    world.tokenizer.save_pretrained(dense)
+    report = prune_width(dense, tmp_path / "out", text(world), WidthSettings(**FAST))
+    assert all(0 < block.error_after < block.error_cut for block in report.blocks)
+    after = Checkpoint(tmp_path / "out")
+    assert {after[name].dtype for name in after} == {torch.bfloat16}
+    assert logits(tmp_path / "out").isfinite().all()
+
+
 def test_attention_and_files_beside_the_weights_stay(world: Any, tmp_path: Path) -> None:
     dense = world.finetunes[DENSE]
     for name in ("one", "two"):

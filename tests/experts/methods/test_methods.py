@@ -1,5 +1,7 @@
 """What every pruning method promises, and how they compare."""
 
+from typing import Any
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -30,7 +32,7 @@ DENSITIES = [Pattern.unstructured(density) for density in (0.5, 0.31, 0.04, 0.97
     st.integers(0, 50),
 )
 def test_every_method_keeps_exactly_the_pattern(
-    problem, method: str, pattern: Pattern, rows: int, groups: int, seed: int
+    problem: Any, method: str, pattern: Pattern, rows: int, groups: int, seed: int
 ) -> None:
     columns = groups * pattern.group or 16 * groups + seed % 7
     weight, gram = problem(rows, columns, seed)
@@ -48,7 +50,7 @@ def test_every_method_keeps_exactly_the_pattern(
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_dense_keeps_everything(problem, method: str) -> None:
+def test_dense_keeps_everything(problem: Any, method: str) -> None:
     weight, gram = problem(5, 12)
     pruned = METHODS[method](weight, gram, Pattern.dense())
     assert torch.equal(pruned, weight)
@@ -57,7 +59,7 @@ def test_dense_keeps_everything(problem, method: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", [TWO_FOUR, Pattern.unstructured(0.5)], ids=str)
-def test_better_methods_err_less(problem, pattern: Pattern) -> None:
+def test_better_methods_err_less(problem: Any, pattern: Pattern) -> None:
     weight, gram = problem(64, 128)
     pruned = {name: method(weight, gram, pattern) for name, method in METHODS.items()}
     error = {name: relative_error(weight, matrix, gram) for name, matrix in pruned.items()}
@@ -68,7 +70,7 @@ def test_better_methods_err_less(problem, pattern: Pattern) -> None:
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("pattern", [TWO_FOUR, Pattern.unstructured(0.5)], ids=str)
-def test_columns_that_never_fire_are_finite(problem, method: str, pattern: Pattern) -> None:
+def test_columns_that_never_fire_are_finite(problem: Any, method: str, pattern: Pattern) -> None:
     weight, gram = problem(8, 16)
     gram[:, 5] = gram[5, :] = 0
     pruned = METHODS[method](weight, gram, pattern)
@@ -85,7 +87,7 @@ def test_zero_gram_leaves_nothing_but_zeros(method: str, pattern: Pattern) -> No
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_rank_deficient_gram(problem, method: str) -> None:
+def test_rank_deficient_gram(problem: Any, method: str) -> None:
     weight, _ = problem(8, 32)
     inputs = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
     gram = inputs.T @ inputs
@@ -98,7 +100,7 @@ def test_rank_deficient_gram(problem, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["wanda", "ria", "sparsegpt", "alps"])
-def test_nan_activations_are_refused(problem, method: str) -> None:
+def test_nan_activations_are_refused(problem: Any, method: str) -> None:
     weight, gram = problem(4, 8)
     gram[3, :] = gram[:, 3] = float("nan")
     with pytest.raises(InputError, match="finite calibration activations"):
@@ -110,7 +112,7 @@ def test_nan_activations_are_refused(problem, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_wrong_types_and_shapes_are_refused(problem, method: str) -> None:
+def test_wrong_types_and_shapes_are_refused(problem: Any, method: str) -> None:
     weight, gram = problem(4, 8)
     with pytest.raises(InputError, match=r"fp32 weight.*bfloat16"):
         METHODS[method](weight.bfloat16(), gram, TWO_FOUR)
@@ -122,7 +124,7 @@ def test_wrong_types_and_shapes_are_refused(problem, method: str) -> None:
         METHODS[method](weight, gram, Pattern(1, 3))
 
 
-def test_magnitude_and_ria_compare_whole_matrices_and_wanda_rows(problem) -> None:
+def test_magnitude_and_ria_compare_whole_matrices_and_wanda_rows(problem: Any) -> None:
     weight, gram = problem(6, 20)
     weight[0] *= 100
     half = Pattern.unstructured(0.5)
@@ -131,7 +133,7 @@ def test_magnitude_and_ria_compare_whole_matrices_and_wanda_rows(problem) -> Non
     assert (METHODS["ria"](weight, gram, half) != 0).sum(1).ne(10).any()
 
 
-def test_ria_is_its_formula(problem) -> None:
+def test_ria_is_its_formula(problem: Any) -> None:
     weight, gram = problem(6, 8)
     score = torch.empty_like(weight)
     for row in range(6):
@@ -143,7 +145,7 @@ def test_ria_is_its_formula(problem) -> None:
     torch.testing.assert_close(METHODS["ria"](weight, gram, TWO_FOUR), expected)
 
 
-def test_errors_share_one_total(problem) -> None:
+def test_errors_share_one_total(problem: Any) -> None:
     weight, gram = problem(5, 12)
     assert relative_errors(weight, [weight, 0 * weight], gram) == [0, pytest.approx(1)]
     half = relative_error(weight, weight / 2, gram)

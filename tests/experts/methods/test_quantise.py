@@ -1,5 +1,7 @@
 """Integer grids: zeros stay, codes fit, and rounding errors are made up for."""
 
+from typing import Any
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -34,7 +36,7 @@ def nearest(pruned: Tensor, scale: Tensor, bits: int) -> Tensor:
     st.integers(0, 50),
 )
 def test_codes_are_whole_numbers_in_range_and_zeros_stay(
-    problem, bits: int, pattern: str, rows: int, columns: int, seed: int
+    problem: Any, bits: int, pattern: str, rows: int, columns: int, seed: int
 ) -> None:
     weight, gram = problem(rows, columns, seed)
     pruned = sparsegpt(weight, gram, Pattern.parse(pattern))
@@ -53,7 +55,7 @@ def test_codes_are_whole_numbers_in_range_and_zeros_stay(
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("pattern", ["2:4", "0.5", "dense"])
-def test_it_beats_rounding_to_nearest(problem, bits: int, pattern: str) -> None:
+def test_it_beats_rounding_to_nearest(problem: Any, bits: int, pattern: str) -> None:
     weight, gram = problem(32, 256)
     pruned = refit(weight, sparsegpt(weight, gram, Pattern.parse(pattern)), gram, 20)
     found, scale = quantise(weight, pruned, gram, bits)
@@ -62,7 +64,7 @@ def test_it_beats_rounding_to_nearest(problem, bits: int, pattern: str) -> None:
     assert ours - least < 0.7 * (theirs - least)
 
 
-def test_eight_bits_cost_almost_nothing_and_four_a_little(problem) -> None:
+def test_eight_bits_cost_almost_nothing_and_four_a_little(problem: Any) -> None:
     weight, gram = problem(32, 256)
     pruned = refit(weight, sparsegpt(weight, gram, TWO_FOUR), gram)
     candidates = [pruned, *(quantise(weight, pruned, gram, bits)[0] for bits in (8, 4))]
@@ -73,7 +75,7 @@ def test_eight_bits_cost_almost_nothing_and_four_a_little(problem) -> None:
 
 @pytest.mark.parametrize("values", ["int8", "int4"])
 @pytest.mark.parametrize("pattern", ["2:4", "0.5"])
-def test_the_result_packs_without_loss(problem, values: str, pattern: str) -> None:
+def test_the_result_packs_without_loss(problem: Any, values: str, pattern: str) -> None:
     chosen = Pattern.parse(pattern)
     weight, gram = problem(6, 136)
     pruned = refit(weight, METHODS["wanda"](weight, gram, chosen), gram)
@@ -82,7 +84,7 @@ def test_the_result_packs_without_loss(problem, values: str, pattern: str) -> No
     assert torch.equal(packed.dense(), found)
 
 
-def test_kept_zeros_may_move_under_an_explicit_mask(problem) -> None:
+def test_kept_zeros_may_move_under_an_explicit_mask(problem: Any) -> None:
     weight, gram = problem(4, 16)
     mask = TWO_FOUR.mask(weight.abs())
     pruned = refit(weight, weight * mask, gram, 30)
@@ -93,7 +95,7 @@ def test_kept_zeros_may_move_under_an_explicit_mask(problem) -> None:
     assert not fixed[0, :4].any()
 
 
-def test_trained_values_are_kept_to(problem) -> None:
+def test_trained_values_are_kept_to(problem: Any) -> None:
     weight, gram = problem(8, 64)
     trained = weight * TWO_FOUR.mask(weight.abs()) + 0
     near = quantise(trained, trained, gram, 8)[0]
@@ -101,7 +103,7 @@ def test_trained_values_are_kept_to(problem) -> None:
     assert (near - trained).abs().max() < 0.1 * (away - trained).abs().max()
 
 
-def test_empty_groups_and_dead_columns(problem) -> None:
+def test_empty_groups_and_dead_columns(problem: Any) -> None:
     weight, gram = problem(4, 256)
     gram[:, 7] = gram[7, :] = 0
     pruned = weight * TWO_FOUR.mask(weight.abs())
@@ -116,7 +118,7 @@ def test_empty_groups_and_dead_columns(problem) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 3, 16])
-def test_other_widths_are_refused(problem, bits: int) -> None:
+def test_other_widths_are_refused(problem: Any, bits: int) -> None:
     weight, gram = problem(2, 8)
     with pytest.raises(InputError, match=f"bits must be one of 4, 8, but it is {bits}"):
         quantise(weight, weight, gram, bits)

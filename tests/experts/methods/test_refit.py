@@ -1,12 +1,14 @@
 """The refit against exact least squares, and what it does at the edges."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from moiety.errors import InputError
 from moiety.experts import Pattern
-from moiety.experts.methods import magnitude, refit, relative_error, sparsegpt, wanda
+from moiety.experts.methods import Method, magnitude, refit, relative_error, sparsegpt, wanda
 
 TWO_FOUR = Pattern(2, 4)
 
@@ -22,7 +24,7 @@ def least_squares(weight: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("columns", [4, 24, 96])
-def test_it_converges_to_least_squares(problem, columns: int) -> None:
+def test_it_converges_to_least_squares(problem: Any, columns: int) -> None:
     weight, gram = problem(5, columns)
     pruned = wanda(weight, gram, TWO_FOUR)
     exact = least_squares(weight, pruned != 0, gram)
@@ -32,7 +34,7 @@ def test_it_converges_to_least_squares(problem, columns: int) -> None:
 
 
 @pytest.mark.parametrize("method", [magnitude, wanda, sparsegpt])
-def test_default_steps_get_almost_all_of_the_gain(problem, method) -> None:
+def test_default_steps_get_almost_all_of_the_gain(problem: Any, method: Method) -> None:
     weight, gram = problem(48, 256)
     pruned = method(weight, gram, TWO_FOUR)
     before = relative_error(weight, pruned, gram)
@@ -41,7 +43,7 @@ def test_default_steps_get_almost_all_of_the_gain(problem, method) -> None:
     assert before - found > 0.95 * (before - best)
 
 
-def test_more_steps_err_less(problem) -> None:
+def test_more_steps_err_less(problem: Any) -> None:
     weight, gram = problem(16, 128)
     pruned = wanda(weight, gram, TWO_FOUR)
     errors = [
@@ -51,7 +53,7 @@ def test_more_steps_err_less(problem) -> None:
     assert torch.equal(refit(weight, pruned, gram, 0), pruned)
 
 
-def test_kept_zeros_move_under_an_explicit_mask(problem) -> None:
+def test_kept_zeros_move_under_an_explicit_mask(problem: Any) -> None:
     weight, gram = problem(6, 16)
     mask = TWO_FOUR.mask(weight.abs())
     start = weight * mask
@@ -62,13 +64,13 @@ def test_kept_zeros_move_under_an_explicit_mask(problem) -> None:
     torch.testing.assert_close(moved, refit(weight, weight * mask, gram, 60), rtol=1e-2, atol=1e-2)
 
 
-def test_values_outside_the_mask_are_dropped(problem) -> None:
+def test_values_outside_the_mask_are_dropped(problem: Any) -> None:
     weight, gram = problem(6, 16)
     mask = TWO_FOUR.mask(weight.abs())
     assert not refit(weight, weight, gram, 1, mask_OI=mask)[~mask].any()
 
 
-def test_the_optimum_stays(problem) -> None:
+def test_the_optimum_stays(problem: Any) -> None:
     weight, gram = problem(4, 32)
     pruned = wanda(weight, gram, TWO_FOUR)
     exact = least_squares(weight, pruned != 0, gram)
@@ -77,7 +79,7 @@ def test_the_optimum_stays(problem) -> None:
     assert torch.equal(refit(weight, weight, gram), weight)
 
 
-def test_rows_are_refitted_apart(problem) -> None:
+def test_rows_are_refitted_apart(problem: Any) -> None:
     weight, gram = problem(6, 64)
     pruned = wanda(weight, gram, TWO_FOUR)
     weight[2] *= 1e4
@@ -87,7 +89,7 @@ def test_rows_are_refitted_apart(problem) -> None:
     torch.testing.assert_close(whole[3:4], alone, rtol=2e-2, atol=2e-2)
 
 
-def test_empty_rows_and_dead_columns_are_left(problem) -> None:
+def test_empty_rows_and_dead_columns_are_left(problem: Any) -> None:
     weight, gram = problem(5, 16)
     gram[:, 3] = gram[3, :] = 0
     pruned = wanda(weight, gram, TWO_FOUR)
@@ -98,7 +100,7 @@ def test_empty_rows_and_dead_columns_are_left(problem) -> None:
     assert torch.equal(found[:, 3], pruned[:, 3])
 
 
-def test_wrong_types_are_refused(problem) -> None:
+def test_wrong_types_are_refused(problem: Any) -> None:
     weight, gram = problem(4, 8)
     with pytest.raises(InputError, match="fp32 weight"):
         refit(weight.half(), weight, gram)

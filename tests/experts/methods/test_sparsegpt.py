@@ -1,5 +1,7 @@
 """SparseGPT by halves against the published loop over columns, in fp64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -35,7 +37,7 @@ def column_by_column(weight: Tensor, gram: Tensor, pattern: Pattern | Tensor) ->
 
 
 @pytest.mark.parametrize("columns", [4, 36, 128, 260])
-def test_two_four_equals_the_paper(problem, columns: int) -> None:
+def test_two_four_equals_the_paper(problem: Any, columns: int) -> None:
     weight, gram = problem(17, columns)
     pruned = sparsegpt(weight, gram, Pattern(2, 4))
     expected = column_by_column(weight, gram, Pattern(2, 4))
@@ -43,7 +45,7 @@ def test_two_four_equals_the_paper(problem, columns: int) -> None:
 
 
 @pytest.mark.parametrize("counts", [(1, 2), (1, 4), (2, 5), (4, 8), (5, 16), (16, 32), (32, 64)])
-def test_any_group_equals_the_paper(problem, counts: tuple[int, int]) -> None:
+def test_any_group_equals_the_paper(problem: Any, counts: tuple[int, int]) -> None:
     pattern = Pattern(*counts)
     weight, gram = problem(9, 3 * pattern.group)
     expected = column_by_column(weight, gram, pattern)
@@ -51,14 +53,14 @@ def test_any_group_equals_the_paper(problem, counts: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("density", [0.5, 0.1, 0.9])
-def test_a_density_updates_as_the_paper_does(problem, density: float) -> None:
+def test_a_density_updates_as_the_paper_does(problem: Any, density: float) -> None:
     weight, gram = problem(9, 75)
     pruned = sparsegpt(weight, gram, Pattern.unstructured(density))
     expected = column_by_column(weight, gram, pruned != 0)
     torch.testing.assert_close(pruned, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_density_errs_less_than_a_pattern(problem) -> None:
+def test_a_density_errs_less_than_a_pattern(problem: Any) -> None:
     weight, gram = problem(32, 96)
     free = sparsegpt(weight, gram, Pattern.unstructured(0.5))
     grouped = sparsegpt(weight, gram, Pattern(2, 4))
@@ -70,7 +72,7 @@ def test_ties_go_to_the_lower_column() -> None:
     assert pruned[0].tolist() == [1, 1, 0, 0] * 2
 
 
-def test_dead_columns_count_as_independent(problem) -> None:
+def test_dead_columns_count_as_independent(problem: Any) -> None:
     weight, gram = problem(6, 12)
     gram[:, 7] = gram[7, :] = 0
     alive = [column for column in range(12) if column != 7]
@@ -82,7 +84,7 @@ def test_dead_columns_count_as_independent(problem) -> None:
     torch.testing.assert_close(coupling[alive][:, alive], smaller)
 
 
-def test_a_few_huge_channels_do_not_drown_the_others(problem) -> None:
+def test_a_few_huge_channels_do_not_drown_the_others(problem: Any) -> None:
     weight, gram = problem(32, 96)
     huge = torch.ones(96)
     huge[[7, 40]] = 1000
@@ -91,7 +93,7 @@ def test_a_few_huge_channels_do_not_drown_the_others(problem) -> None:
     torch.testing.assert_close(scaled, plain, rtol=1e-2, atol=1e-2)
 
 
-def test_coupling_is_the_inverse_factor_turned_round(problem) -> None:
+def test_coupling_is_the_inverse_factor_turned_round(problem: Any) -> None:
     _, gram = problem(1, 24)
     coupling, price = surgeon_coupling(gram, 0.01)
     factor = (coupling * price).double()
