@@ -5,13 +5,24 @@ python -m experiments.pruning_tables experiments/pruning.json > docs/pruning-res
 
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moiety.files import read_json
 
 Cells = Sequence[Mapping[str, Any]]
+INTRODUCTION = """# What pruning costs, measured
+
+The demo's finetunes ({names}), each calibrated on its own domain's text ({calibration} windows) and
+measured on held-out text of every domain ({windows} windows a domain, context {context}, seed {seed},
+torch {torch}). Losses are nats per token. Own domain: mean over the finetunes. Other domains: mean
+over all pairs of a finetune and another domain. Controls: base {base:.4f} on the same text; dense
+finetunes {home:.4f} at home, {away:.4f} away. Everything below is the difference to the dense
+finetunes; empty cells were not measured. These are models of 4 million parameters: the order of
+the methods carries over, the size of the gaps does not. To run it again: `moiety demo`, then
+`python -m experiments.pruning moiety-demo/recipe.yaml`, then
+`python -m experiments.pruning_tables experiments/pruning.json`."""
 
 
 def own(losses: Mapping[str, Mapping[str, float]]) -> float:
@@ -57,7 +68,7 @@ class Page:
         patterns = list(dict.fromkeys(c["settings"]["pattern"] for c in cells))
         found = {(c["name"], c["settings"]["pattern"]): self.gaps(c) for c in cells}
         rows = [
-            [name, *(" / ".join(found.get((name, p), ("", ""))) for p in patterns)]
+            [name, *(" / ".join(found.get((name, p), ())) for p in patterns)]
             for name in dict.fromkeys(c["name"] for c in cells)
         ]
         return markdown(["method", *patterns], rows)
@@ -96,58 +107,47 @@ class Page:
         ]
         return markdown(["removed", *names], rows)
 
+    def sections(self) -> Iterator[tuple[str, str, str]]:
+        """Group, heading and table of everything that was measured besides the methods."""
+        yield (
+            "values",
+            "Kept values (all linear layers, SparseGPT + refit)",
+            self.simple("values"),
+        )
+        yield (
+            "collapse",
+            "Where it collapses (all linear layers, densities, own domain)",
+            self.collapse(),
+        )
+        yield "schedule", "In one go or in rounds (all linear layers)", self.simple("schedule")
+        yield "task vector", "The weights or the task vector", self.simple("task vector")
+        yield "shared mask", "A mask for each finetune, or one for all", self.simple("shared mask")
+
     def text(self) -> str:
         """The whole page."""
-        base = self.results["controls"]["base"]
-        mean_base = statistics.mean(base.values())
-        return f"""# What pruning costs, measured
-
-The demo's four finetunes ({", ".join(self.dense)}), each calibrated on its own domain's text
-({self.results["calibration_windows"]} windows) and measured on held-out text of every domain ({self.results["held_out_windows"]} windows
-a domain, context {self.results["context_length"]}, seed {self.results["seed"]}, torch
-{self.results["torch"]}). Losses are nats per token. Own domain: mean of the four. Other domains:
-mean of the twelve pairs. Controls: base {mean_base:.4f} on the same text; dense finetunes
-{own(self.dense):.4f} at home, {away(self.dense):.4f} away. Everything below is the difference to
-the dense finetunes. These are models of 4 million parameters: the order of the methods carries
-over, the size of the gaps does not. Run again: `python -m experiments.pruning` and
-`python -m experiments.pruning_tables`.
-
-## Methods (own domain / other domains)
-
-FFN matrices only:
-
-{self.methods("ffn")}
-
-All linear layers:
-
-{self.methods("all")}
-
-By domain, 2:4 on all linear layers, own text (first row: loss; below: difference):
-
-{self.by_domain()}
-
-## Kept values (all linear layers, SparseGPT + refit)
-
-{self.simple("values")}
-
-## Where it collapses (all linear layers, densities, own domain)
-
-{self.collapse()}
-
-## In one go or in rounds (all linear layers)
-
-{self.simple("schedule")}
-
-## The weights or the task vector
-
-Bytes of a task vector are those of its own files; the base is needed besides, once for all.
-
-{self.simple("task vector")}
-
-## A mask of its own for each finetune, or one for all
-
-{self.simple("shared mask")}
-"""
+        base, results = self.results["controls"]["base"], self.results
+        parts = [
+            INTRODUCTION.format(
+                names=", ".join(self.dense),
+                calibration=results["calibration_windows"],
+                windows=results["held_out_windows"],
+                context=results["context_length"],
+                seed=results["seed"],
+                torch=results["torch"],
+                base=statistics.mean(base.values()),
+                home=own(self.dense),
+                away=away(self.dense),
+            ),
+            "## Methods (own domain / other domains)",
+            f"FFN matrices only:\n\n{self.methods('ffn')}",
+            f"All linear layers:\n\n{self.methods('all')}",
+            "By domain, 2:4 on all linear layers, own text (first row: loss; below: difference):",
+            self.by_domain(),
+        ]
+        for group, heading, table in self.sections():
+            if self.group(group):
+                parts += [f"## {heading}", table]
+        return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":
