@@ -11,12 +11,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 SOURCES := moiety experts routers compose analysis tests benchmarks experiments setup.py
 
-.PHONY: help install install-dev demo test check format bench clean
+.PHONY: help install install-dev demo test check sanitize emulate format bench clean
 
 help:
 	@echo "make demo     the whole pipeline on text this machine has, into ./moiety-demo"
 	@echo "make test     every test"
 	@echo "make check    ruff, pyright and the architecture test"
+	@echo "make sanitize the kernels under sanitizers;  make emulate  those of every CPU"
 	@echo "make bench    what moiety claims, measured against peers"
 	@echo "make install  only the set-up;  make clean  removes what make made"
 
@@ -31,7 +32,7 @@ $(VENV)/.python:
 	@$(PIP) install -c constraints.txt --upgrade pip
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.python pyproject.toml setup.py constraints.txt
+$(VENV)/.installed: $(VENV)/.python pyproject.toml setup.py constraints.txt $(wildcard experts/kernels/cpu/*)
 	@echo "installing moiety and what it needs (a few minutes the first time)"
 	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@$(PIP) install -c constraints.txt -e .
@@ -53,6 +54,13 @@ check: install-dev
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/pyright
 	@$(BIN)/pytest -q tests/test_architecture.py
+
+# Both need only g++ and, for emulate, SIMDe (Debian: libsimde-dev).
+sanitize:
+	@$(MAKE) --no-print-directory -C tests/experts/kernels/cpp sanitized
+
+emulate:
+	@$(MAKE) --no-print-directory -C tests/experts/kernels/cpp emulated
 
 format: install-dev
 	@$(BIN)/ruff check --fix $(SOURCES)

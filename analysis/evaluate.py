@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from moiety.compose.composite import Composite, open_composite
 from moiety.errors import InputError
+from moiety.experts import kernels
 from moiety.experts.modules import SparseExperts, SparseLinear
 from moiety.progress import SILENT, Progress
 from moiety.routers import RoutePolicy, find_gates, forced, one_hot, random, sequence_level, uniform
@@ -201,15 +202,16 @@ def model_bytes(model: nn.Module) -> dict[str, int]:
     `experts_packed` counts kept values, masks and scales; `experts_dense` the same matrices dense
     in the values' own dtype, bf16 where those are integers.
     """
-    packed = dense = 0
+    packed = dense = buffers = 0
     for module in model.modules():
         if isinstance(module, SparseExperts | SparseLinear):
-            packed += sum(module.get_parameter(name).nbytes for name in module.packed_names)
+            packed += module.packed_bytes
             for name, width in module.widths.items():
                 values, mask, _ = module.packed(name)
                 size = values.element_size() if values.is_floating_point() else BF16_BYTES
                 dense += mask.shape[:-1].numel() * width * size
-    total = sum(parameter.nbytes for parameter in model.parameters())
+            buffers += sum(buffer.nbytes for buffer in module.buffers())
+    total = buffers + sum(parameter.nbytes for parameter in model.parameters())
     return {
         "dense_composite": total - packed + dense,
         "composite": total,
@@ -220,4 +222,5 @@ def model_bytes(model: nn.Module) -> dict[str, int]:
 
 def device_name() -> str:
     """What the speed was measured on."""
-    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    threads, isa = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    return f"CPU, {threads} threads, {isa}; {kernels.description()}"

@@ -7,10 +7,19 @@ from collections.abc import Callable, Mapping
 Contenders = Mapping[str, Callable[[], object]]
 
 
-def interleaved(contenders: Contenders, rounds: int = 15, warm_up: int = 3) -> dict[str, float]:
-    """Median seconds of each contender over `rounds` rounds."""
+def interleaved(
+    contenders: Contenders, rounds: int = 15, warm_up: int = 3, budget: float | None = None
+) -> dict[str, float]:
+    """Median seconds of each contender over `rounds` rounds.
+
+    With `budget`, rounds stop after so many seconds, but not before the fifth.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    begin = time.perf_counter()
     for turn in range(warm_up + rounds):
+        late = budget is not None and time.perf_counter() - begin > budget
+        if late and min(map(len, seconds.values())) >= 5:
+            break
         for name, run in contenders.items():
             start = time.perf_counter()
             run()

@@ -16,7 +16,9 @@ from moiety.errors import InputError
 from moiety.experts import kernels
 from moiety.experts.checkpoint import Checkpoint
 from moiety.experts.companions import copy_companions
+from moiety.experts.modules import PackedModule
 from moiety.experts.packing import Packed, check_packed
+from moiety.experts.pattern import Pattern
 from moiety.experts.quantizer import PackedConfig
 from moiety.experts.shards import write_weights
 from moiety.experts.unpack import DenseView, dense_view
@@ -25,26 +27,24 @@ from moiety.files import new_folder
 SECTION, BASE, DIGEST = "moiety", "task_vector_of", "base_digest"
 
 
-class DeltaLinear(nn.Module):
+class DeltaLinear(PackedModule):
     """A dense base layer plus a packed difference: `(W_base + Δ) x + b`.
 
     `delta` holds Δ's kept values, `delta_mask` (O, B) its mask, `delta_scale` (O, G) the scales
     of integer values.
     """
 
-    def __init__(self, base: nn.Linear, delta: Packed) -> None:
-        super().__init__()
+    def __init__(
+        self, base: nn.Linear, delta: Packed, pattern: Pattern, values: str | None = None
+    ) -> None:
+        super().__init__(pattern, values)
         self.base = base
-        self.delta = nn.Parameter(delta.values, requires_grad=False)
-        self.delta_mask = nn.Parameter(delta.mask_OB, requires_grad=False)
-        scale_OG = delta.scale_OG
-        self.delta_scale = None if scale_OG is None else nn.Parameter(scale_OG, False)
+        self._hold_packed("delta", delta)
+        self.prepare()
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
-        width = self.base.in_features
-        packed = (self.delta, self.delta_mask, width, self.delta_scale)
-        return self.base(input) + kernels.sparse_linear(input, *packed)
+        return self.base(input) + kernels.sparse_linear(input, self.weights("delta"))
 
 
 def mark_task_vector(config: PretrainedConfig, base: Checkpoint) -> None:
@@ -136,7 +136,9 @@ def open_delta(folder: str | Path, base: str | Path | None = None) -> PreTrained
         parent, _, attribute = module.rpartition(".")
         linear = model.get_submodule(module)
         assert isinstance(linear, nn.Linear)
-        setattr(model.get_submodule(parent), attribute, DeltaLinear(linear, vector.packed(module)))
+        pattern, values = vector.packing.pattern_of(module), vector.packing.values
+        delta = DeltaLinear(linear, vector.packed(module), pattern, values)
+        setattr(model.get_submodule(parent), attribute, delta)
     return model.eval()
 
 

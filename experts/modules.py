@@ -2,9 +2,10 @@
 
 Parameter names follow transformers: the kept values take the dense parameter's own name, the
 mask is `<name>_mask` and the scales of integer values `<name>_scale`, so its checkpoint
-conversions and sharding plans find them all.
+conversions and sharding plans find them all. On the CPU, tiles take their place once loaded.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,22 @@ from moiety.experts.kernels.reference import ACTIVATIONS
 from moiety.experts.packing import LARGEST_CODE
 from moiety.experts.pattern import Pattern
 
+TILED_PATTERN = "2:4"
+ENDS = ("", "_mask", "_scale")
 
-class _PackedModule(nn.Module):
+
+def _regrouped(weights: kernels.Weights, count: int, rows: int) -> kernels.Weights:
+    """The same rows as another number of matrices."""
+
+    def regroup(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.reshape(count, rows, -1)
+
+    values, mask, scale = map(regroup, weights[:3])
+    assert values is not None
+    return kernels.Weights(values, mask, scale, rows, weights.columns, weights.kind)
+
+
+class PackedModule(nn.Module):
     """Holds packed matrices, or stacks of them, under given names."""
 
     def __init__(self, pattern: Pattern, values: str | None) -> None:
@@ -26,6 +41,7 @@ class _PackedModule(nn.Module):
         self.pattern = pattern
         self.values = values
         self.widths: dict[str, int] = {}
+        self._tiled: dict[str, tuple[int, int, str]] = {}
 
     def _empty(self, name: str, stack: tuple[int, ...], rows: int, in_features: int) -> None:
         """Parameters for a stack of matrices (rows, in_features), not yet filled."""
@@ -41,18 +57,142 @@ class _PackedModule(nn.Module):
         else:
             self.register_parameter(f"{name}_scale", None)
 
+    def _hold_packed(self, name: str, packed: packing.Packed) -> None:
+        """Parameters for one matrix that is there already."""
+        self.widths[name] = packed.in_features
+        for end in ENDS:
+            self.register_parameter(f"{name}{end}", None)
+        for full_name, tensor in packed.tensors(name).items():
+            self._hold(full_name, tensor)
+
     def _hold(self, name: str, tensor: Tensor) -> None:
         self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def packed(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The values, mask and scales (None unless the values are integers) called `name`."""
+        """The values, mask and scales (None unless the values are integers) called `name`.
+
+        As they are stored; made again from the tiles where those took their place.
+        """
+        if name in self._tiled:
+            return self._from_tiles(name)
         return getattr(self, name), getattr(self, f"{name}_mask"), getattr(self, f"{name}_scale")
 
     @property
     def packed_names(self) -> list[str]:
-        """Names of every parameter that belongs to a packed matrix."""
-        own = {f"{name}{suffix}" for name in self.widths for suffix in ("", "_mask", "_scale")}
-        return [name for name, _ in self.named_parameters() if name in own]
+        """Names of every stored parameter of a packed matrix."""
+        ends = ("", "_mask", *(["_scale"] if self.values in LARGEST_CODE else []))
+        return [f"{name}{end}" for name in self.widths for end in ends]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Resident bytes of all packed matrices."""
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        own = {*self.packed_names, *(f"{name}_tiles" for name in self.widths)}
+        return sum(tensor.nbytes for name, tensor in tensors.items() if name in own)
+
+    def weights(self, name: str) -> kernels.Weights:
+        """The matrices called `name` as the sparse ops take them."""
+        if name in self._tiled:
+            rows, width, kind = self._tiled[name]
+            return kernels.Weights(getattr(self, f"{name}_tiles"), None, None, rows, width, kind)
+        values, mask, scale = self.packed(name)
+        weights = kernels.packed(values, mask, self.widths[name], scale)
+        return weights._replace(starts=self._buffers.get(f"{name}_starts"))
+
+    def prepare(self) -> None:
+        """Make ready for the compiled kernels, if they will work on these matrices.
+
+        2:4 matrices become tiles; for flat values it is noted where each row begins.
+        """
+        if str(self.pattern) == TILED_PATTERN:
+            self._tile()
+        elif not self.pattern.group:
+            for name in self.widths:
+                starts = kernels.with_starts(self.weights(name)).starts
+                if starts is not None:
+                    self.register_buffer(f"{name}_starts", starts, persistent=False)
+
+    def _tile(self) -> None:
+        """Bring 2:4 matrices on the CPU into the compiled kernels' own layout.
+
+        The tiles take the stored tensors' place; `state_dict` and `packed` still give those, and
+        any move to another device or dtype goes through them. Nothing happens on other devices or
+        without the compiled kernels.
+        """
+        tiles = {name: self._tiles_of(name) for name in self.widths if name not in self._tiled}
+        if None in tiles.values():
+            return
+        for name, tiled in tiles.items():
+            assert tiled is not None
+            self._tiled[name] = (tiled.rows, tiled.columns, tiled.kind)
+            for end in ENDS:
+                self._parameters.pop(f"{name}{end}", None)
+            self.register_buffer(f"{name}_tiles", tiled.values, persistent=False)
+
+    def untile(self) -> None:
+        """Back to the stored tensors, bit for bit."""
+        for name in list(self._tiled):
+            tensors = self._from_tiles(name)
+            del self._buffers[f"{name}_tiles"], self._tiled[name]
+            for end, tensor in zip(ENDS, tensors, strict=True):
+                if tensor is None:
+                    self.register_parameter(f"{name}{end}", None)
+                else:
+                    self._hold(f"{name}{end}", tensor)
+
+    def _parts(self, name: str) -> int:
+        """Matrices that tiles hold for each stored one."""
+        return 1
+
+    def _tiles_of(self, name: str) -> kernels.Weights | None:
+        tensors = [tensor for tensor in self.packed(name) if tensor is not None]
+        if any(tensor.device.type != "cpu" for tensor in tensors):
+            return None
+        stored, parts = self.weights(name), self._parts(name)
+        return kernels.tiled(_regrouped(stored, stored.stack * parts, stored.rows // parts))
+
+    def _from_tiles(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        stored, parts = kernels.untiled(self.weights(name)), self._parts(name)
+        stored = _regrouped(stored, stored.stack // parts, stored.rows * parts)
+        assert stored.mask is not None
+        single = self._is_single()
+        scale = stored.scale[0] if single and stored.scale is not None else stored.scale
+        if single:
+            return stored.values[0], stored.mask[0], scale
+        return stored.values, stored.mask, scale
+
+    def _is_single(self) -> bool:
+        """Whether one matrix is stored instead of a stack."""
+        return True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":
+        tiled = bool(self._tiled)
+        if tiled:
+            probe = torch.empty(0, dtype=packing.DTYPES[self._tiled[next(iter(self._tiled))][2]])
+            moved = fn(probe)
+            if moved.device != probe.device or moved.dtype != probe.dtype:
+                self.untile()
+        super()._apply(fn, recurse)
+        if tiled:
+            self._tile()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._tiled:
+            for end, tensor in zip(ENDS, self._from_tiles(name), strict=True):
+                if tensor is not None:
+                    destination[f"{prefix}{name}{end}"] = tensor
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        ready = bool(self._tiled) or any(f"{name}_starts" in self._buffers for name in self.widths)
+        if any(f"{prefix}{name}" in state_dict for name in self._tiled):
+            self.untile()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if ready:
+            self.prepare()
 
     def check(self, name: str) -> None:
         """Raise InputError that names the tensor unless every matrix is validly packed.
@@ -69,7 +209,7 @@ class _PackedModule(nn.Module):
         return f"{self.pattern}" if self.values is None else f"{self.pattern}, {self.values}"
 
 
-class SparseLinear(_PackedModule):
+class SparseLinear(PackedModule):
     """A linear layer whose weight stays packed.
 
     `weight` (O, K) or flat, `weight_mask` (O, B) and, for integer values, `weight_scale` (O, G).
@@ -93,8 +233,7 @@ class SparseLinear(_PackedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """`input @ weightᵀ + bias`, (..., I) to (..., O)."""
-        values, mask_OB, scale_OG = self.packed("weight")
-        output = kernels.sparse_linear(input, values, mask_OB, self.in_features, scale_OG)
+        output = kernels.sparse_linear(input, self.weights("weight"))
         return output if self.bias is None else output + self.bias
 
     def extra_repr(self) -> str:
@@ -106,19 +245,9 @@ class SparseLinear(_PackedModule):
 def _sparse_forward(
     module: "SparseExperts", hidden_TD: Tensor, experts_TA: Tensor, weights_TA: Tensor
 ) -> Tensor:
-    gate_up_values, gate_up_mask, gate_up_scale = module.packed("gate_up_proj")
-    down_values, down_mask, down_scale = module.packed("down_proj")
+    gate_up, down = module.weights("gate_up_proj"), module.weights("down_proj")
     return kernels.sparse_experts(
-        hidden_TD,
-        gate_up_values,
-        gate_up_mask,
-        down_values,
-        down_mask,
-        experts_TA,
-        weights_TA,
-        module.activation,
-        gate_up_scale,
-        down_scale,
+        hidden_TD, gate_up, down, experts_TA, weights_TA, module.activation
     )
 
 
@@ -128,7 +257,7 @@ class SparseInterface(ExpertsInterface):
     _global_mapping = {"grouped_mm": _sparse_forward, "batched_mm": _sparse_forward}  # noqa: RUF012
 
 
-class SparseExperts(_PackedModule):
+class SparseExperts(PackedModule):
     """All experts of one routed block, packed; takes the place of a stock `*Experts` module.
 
     `gate_up_proj` (E, 2F, K) or flat (E, n), gate rows before up rows; `down_proj` (E, D, K') or
@@ -147,6 +276,12 @@ class SparseExperts(_PackedModule):
         check_fusable(pattern, values, self.intermediate_dim, self.hidden_dim)
         self._empty("gate_up_proj", (self.num_experts,), rows, self.hidden_dim)
         self._empty("down_proj", (self.num_experts,), self.hidden_dim, self.intermediate_dim)
+
+    def _parts(self, name: str) -> int:
+        return 2 if name == "gate_up_proj" else 1
+
+    def _is_single(self) -> bool:
+        return False
 
     def forward(self, hidden_TD: Tensor, experts_TA: Tensor, weights_TA: Tensor) -> Tensor:
         """Weighted sum of each token's experts (T, D)."""

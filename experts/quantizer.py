@@ -185,6 +185,7 @@ class PackedQuantizer(HfQuantizer):
             module.requires_grad_(False)
             if isinstance(module, SparseLinear | SparseExperts):
                 module.check(name)
+                module.prepare()
         return model
 
 

@@ -1,123 +1,106 @@
-"""The public sparse ops, registered with torch.library so that autograd and compilers see them.
+"""The public sparse ops: differentiable in activations and routing weights, never in the matrices.
 
-`reference.py` specifies what each op computes and how a packed matrix is laid out.
+`reference.py` specifies what each op computes and how a packed matrix is laid out; compiled
+kernels take over where they are built (`library.py`) and the tensors are on the CPU.
 
-T tokens, D model width, F expert width, E experts, A active experts, O/I out/in features,
-K kept values a row, B mask bytes a row, G scales a row.
+T tokens, D model width, F expert width, A active experts, O/I out/in features.
 """
 
 import torch
 from torch import Tensor
 
-from moiety.experts.kernels import reference
+from moiety.experts.kernels import ops as _ops
+from moiety.experts.kernels.layouts import dense, tiled, untiled, with_starts
+from moiety.experts.kernels.library import description
+from moiety.experts.kernels.reference import ACTIVATIONS
+from moiety.experts.kernels.weights import Weights, packed
 
-__all__ = ["sparse_experts", "sparse_linear"]
+__all__ = [
+    "Weights",
+    "dense",
+    "description",
+    "packed",
+    "sparse_experts",
+    "sparse_linear",
+    "sparse_routed_linear",
+    "tiled",
+    "untiled",
+    "with_starts",
+]
+
+_registered = _ops
 
 
-def sparse_linear(
-    input: Tensor,
-    values: Tensor,
-    mask_OB: Tensor,
-    in_features: int,
-    scale_OG: Tensor | None = None,
-) -> Tensor:
-    """`input @ weightᵀ` (..., O) for a packed weight; differentiable in `input` (..., I).
+def sparse_linear(input: Tensor, weights: Weights) -> Tensor:
+    """`input @ weightᵀ` (..., O) for one packed matrix and an input (..., I).
 
-    `values` are (O, K) or flat; integers need `scale_OG` (bf16). Raises ValueError when the
-    shapes or dtypes do not fit each other.
+    ValueError when the width does not fit, or when the mask and the values disagree.
     """
-    _check_packed("weight", values, mask_OB, in_features, scale_OG, dims=2)
-    _check_width("input", input, in_features)
-    flat_TI = input.reshape(-1, in_features)
-    output_TO = torch.ops.moiety.sparse_linear(flat_TI, values, mask_OB, in_features, scale_OG)
-    return output_TO.reshape(*input.shape[:-1], mask_OB.shape[0])
+    _check_width("input", input, weights.columns)
+    flat_TI = input.reshape(-1, weights.columns)
+    output_TO = torch.ops.moiety.sparse_linear(flat_TI, *weights)
+    return output_TO.reshape(*input.shape[:-1], weights.rows)
+
+
+def sparse_routed_linear(
+    input_TI: Tensor,
+    weights: Weights,
+    experts_TA: Tensor,
+    weights_TA: Tensor,
+    base_TO: Tensor | None = None,
+) -> Tensor:
+    """Routed sum of packed matrices, `base + Σ_a w_a · W_a x` (T, O).
+
+    An index in `experts_TA` outside the stack adds nothing. ValueError when shapes do not fit.
+    """
+    _check_width("input", input_TI, weights.columns)
+    _check_routes(input_TI, experts_TA, weights_TA)
+    expected = (len(input_TI), weights.rows)
+    if base_TO is not None and tuple(base_TO.shape) != expected:
+        raise ValueError(f"expected a base of shape {expected}, but it is {tuple(base_TO.shape)}")
+    return torch.ops.moiety.sparse_routed_linear(
+        input_TI, *weights, experts_TA, weights_TA, base_TO
+    )
 
 
 def sparse_experts(
     hidden_TD: Tensor,
-    gate_up_values: Tensor,
-    gate_up_mask: Tensor,
-    down_values: Tensor,
-    down_mask: Tensor,
+    gate_up: Weights,
+    down: Weights,
     experts_TA: Tensor,
     weights_TA: Tensor,
     activation: str = "silu",
-    gate_up_scale: Tensor | None = None,
-    down_scale: Tensor | None = None,
 ) -> Tensor:
-    """A whole routed block of gated experts (T, D); differentiable in hidden and weights.
+    """A whole routed block of gated experts, `Σ_a w_a · down_a(act(gate_a x) ⊙ up_a x)` (T, D).
 
-    `gate_up_values` (E, 2F, K) or flat (E, n), `gate_up_mask` (E, 2F, B), `down_values`
-    (E, D, K') or (E, n'), `down_mask` (E, D, B'); integers need `gate_up_scale` (E, 2F, G) and
-    `down_scale` (E, D, G'). Raises ValueError when shapes, dtypes or the activation do not fit.
+    `gate_up` holds gate above up (2F, D) for each expert of `down` (D, F), or, tiled, the gate and
+    the up matrix (F, D) of each expert one after the other. An index in `experts_TA` that is no
+    expert adds nothing. ValueError when shapes, layouts or the activation do not fit.
     """
-    _check_packed("gate_up", gate_up_values, gate_up_mask, hidden_TD.shape[-1], gate_up_scale, 3)
-    _check_packed("down", down_values, down_mask, gate_up_mask.shape[1] // 2, down_scale, 3)
-    _check_width("hidden", hidden_TD, down_mask.shape[1])
-    if activation not in reference.ACTIVATIONS:
+    split = gate_up.mask is None
+    fits = (
+        (gate_up.mask is None) == (down.mask is None)
+        and gate_up.stack == (2 if split else 1) * down.stack
+        and gate_up.rows == (1 if split else 2) * down.columns
+        and gate_up.columns == down.rows
+    )
+    if not fits:
         raise ValueError(
-            f"activation must be one of {reference.ACTIVATIONS}, but it is {activation!r}"
+            f"expected gate and up matrices for down matrices {_shape(down)} in the same layout, "
+            f"but they are {_shape(gate_up)}"
         )
-    if experts_TA.shape != weights_TA.shape or experts_TA.shape[:1] != hidden_TD.shape[:1]:
-        raise ValueError(
-            f"experts and weights must be (tokens, active) with {hidden_TD.shape[0]} tokens, "
-            f"but they are {tuple(experts_TA.shape)} and {tuple(weights_TA.shape)}"
-        )
+    _check_width("hidden", hidden_TD, gate_up.columns)
+    _check_routes(hidden_TD, experts_TA, weights_TA)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, but it is {activation!r}")
     return torch.ops.moiety.sparse_experts(
-        hidden_TD,
-        gate_up_values,
-        gate_up_mask,
-        down_values,
-        down_mask,
-        experts_TA,
-        weights_TA,
-        activation,
-        gate_up_scale,
-        down_scale,
+        hidden_TD, *gate_up, *down, experts_TA, weights_TA, activation
     )
 
 
-def _check_packed(
-    name: str,
-    values: Tensor,
-    mask: Tensor,
-    in_features: int,
-    scale: Tensor | None,
-    dims: int,
-) -> None:
-    integers = values.dtype in (torch.int8, torch.uint8)
-    if not (values.is_floating_point() or integers) or mask.dtype != torch.uint8:
-        raise ValueError(
-            f"{name} must be packed as floating-point, int8 or uint8 (two int4) values and a "
-            f"uint8 mask, but they are {values.dtype} and {mask.dtype}"
-        )
-    if mask.dim() != dims or mask.shape[-1] != -(-in_features // 8):
-        raise ValueError(
-            f"{name} with {in_features} input columns needs a mask with {dims} dimensions and "
-            f"{-(-in_features // 8)} bytes a row, but its shape is {tuple(mask.shape)}"
-        )
-    rows, flat = mask.shape[:-1], values.dim() == dims - 1
-    most = in_features * (rows[-1] if flat else 1)
-    if values.shape[:-1] != (rows[:-1] if flat else rows) or values.shape[-1] > most:
-        raise ValueError(
-            f"{name} with a mask of shape {tuple(mask.shape)} needs values of shape "
-            f"{(*rows, 'kept')} or {(*rows[:-1], 'kept')}, but it is {tuple(values.shape)}"
-        )
-    _check_scale(name, scale, (*rows, -(-in_features // reference.SCALE_COLUMNS)), integers)
-
-
-def _check_scale(
-    name: str, scale: Tensor | None, expected: tuple[int, ...], integers: bool
-) -> None:
-    if not integers:
-        if scale is not None:
-            raise ValueError(f"{name} has floating-point values, so it takes no scale")
-    elif scale is None or scale.dtype != torch.bfloat16 or tuple(scale.shape) != expected:
-        came = "there is none" if scale is None else f"it is {scale.dtype} {tuple(scale.shape)}"
-        raise ValueError(
-            f"{name} has integer values, so it needs a bfloat16 scale of shape {expected}, "
-            f"but {came}"
-        )
+def _shape(weights: Weights) -> str:
+    layout = "tiled" if weights.mask is None else "rows"
+    return f"{weights.stack} x ({weights.rows}, {weights.columns}), {layout}"
 
 
 def _check_width(name: str, tensor: Tensor, width: int) -> None:
@@ -128,75 +111,16 @@ def _check_width(name: str, tensor: Tensor, width: int) -> None:
         )
 
 
-_linear = torch.library.custom_op("moiety::sparse_linear", reference.sparse_linear, mutates_args=())
-
-
-@_linear.register_fake
-def _(input_TI: Tensor, values: Tensor, mask_OB: Tensor, *_rest: object) -> Tensor:
-    return input_TI.new_empty(input_TI.shape[0], mask_OB.shape[0])
-
-
-_linear_backward = torch.library.custom_op(
-    "moiety::sparse_linear_backward", reference.sparse_linear_backward, mutates_args=()
-)
-
-
-@_linear_backward.register_fake
-def _(
-    gradient_TO: Tensor, values: Tensor, mask_OB: Tensor, in_features: int, *_rest: object
-) -> Tensor:
-    return gradient_TO.new_empty(gradient_TO.shape[0], in_features)
-
-
-def _linear_save(ctx, inputs, output) -> None:
-    _input, values, mask_OB, in_features, scale_OG = inputs
-    ctx.save_for_backward(values, mask_OB, scale_OG)
-    ctx.in_features = in_features
-
-
-def _linear_gradient(ctx, gradient_TO):
-    values, mask_OB, scale_OG = ctx.saved_tensors
-    gradient_TI = torch.ops.moiety.sparse_linear_backward(
-        gradient_TO, values, mask_OB, ctx.in_features, scale_OG
-    )
-    return gradient_TI, None, None, None, None
-
-
-_linear.register_autograd(_linear_gradient, setup_context=_linear_save)
-
-
-_experts = torch.library.custom_op(
-    "moiety::sparse_experts", reference.sparse_experts, mutates_args=()
-)
-
-
-@_experts.register_fake
-def _(hidden_TD: Tensor, *_rest: object) -> Tensor:
-    return torch.empty_like(hidden_TD)
-
-
-_experts_backward = torch.library.custom_op(
-    "moiety::sparse_experts_backward", reference.sparse_experts_backward, mutates_args=()
-)
-
-
-@_experts_backward.register_fake
-def _(gradient_TD: Tensor, hidden_TD: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(hidden_TD), torch.empty_like(rest[5])
-
-
-def _experts_save(ctx, inputs, output) -> None:
-    *tensors, activation, gate_up_scale, down_scale = inputs
-    ctx.save_for_backward(*tensors, gate_up_scale, down_scale)
-    ctx.activation = activation
-
-
-def _experts_gradient(ctx, gradient_TD):
-    *tensors, gate_up_scale, down_scale = ctx.saved_tensors
-    d_hidden_TD, d_weights_TA = torch.ops.moiety.sparse_experts_backward(
-        gradient_TD.contiguous(), *tensors, ctx.activation, gate_up_scale, down_scale
-    )
-    return d_hidden_TD, *[None] * 5, d_weights_TA, *[None] * 3
-
-
-_experts.register_autograd(_experts_gradient, setup_context=_experts_save)
+def _check_routes(input_TI: Tensor, experts_TA: Tensor, weights_TA: Tensor) -> None:
+    fits = input_TI.dim() == 2 and experts_TA.dim() == 2
+    if not fits or experts_TA.shape != weights_TA.shape or len(experts_TA) != len(input_TI):
+        raise ValueError(
+            f"experts and weights must be (tokens, active) for an input (tokens, width) of shape "
+            f"{tuple(input_TI.shape)}, but they are {tuple(experts_TA.shape)} and "
+            f"{tuple(weights_TA.shape)}"
+        )
+    if experts_TA.is_floating_point() or not weights_TA.is_floating_point():
+        raise ValueError(
+            "experts must be integers and weights floating-point numbers, but they are "
+            f"{experts_TA.dtype} and {weights_TA.dtype}"
+        )

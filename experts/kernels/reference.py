@@ -1,5 +1,7 @@
 """Plain PyTorch versions of every sparse op: the specification that faster kernels must match.
 
+The ops take dense matrices, expanded from packed ones by `expand` just before they are used.
+
 A packed matrix (O, I) is three tensors. `mask_OB` has one bit a column, eight columns a byte,
 lowest bit first; bits past the last column are 0. `values` are the kept weights in row-major
 order: (O, K) where every row keeps K of them (N:M), else flat (a density). Floating-point values
@@ -12,8 +14,7 @@ K kept values a row, B mask bytes a row, G scales a row, N tokens of one expert.
 """
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from einops import rearrange
@@ -85,133 +86,129 @@ def expand(
     return dense_OI.mul_(spread_scale(scale_OG, in_features))
 
 
-def sparse_linear(
-    input_TI: Tensor,
-    values: Tensor,
-    mask_OB: Tensor,
-    in_features: int,
-    scale_OG: Tensor | None = None,
-) -> Tensor:
-    """`input @ weightᵀ` for a packed weight, in the input's dtype."""
-    weight_OI = expand(values, mask_OB, in_features, scale_OG).to(input_TI.dtype)
+Dense = Callable[[int], Tensor]
+
+
+def sparse_linear(input_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """`input @ weightᵀ`, in the input's dtype."""
     return functional.linear(input_TI, weight_OI)
 
 
-def sparse_linear_backward(
-    gradient_TO: Tensor,
-    values: Tensor,
-    mask_OB: Tensor,
-    in_features: int,
-    scale_OG: Tensor | None = None,
-) -> Tensor:
+def sparse_linear_backward(gradient_TO: Tensor, weight_OI: Tensor) -> Tensor:
     """Gradient of `sparse_linear` with respect to its input (the weight is frozen)."""
-    return gradient_TO @ expand(values, mask_OB, in_features, scale_OG).to(gradient_TO.dtype)
+    return gradient_TO @ weight_OI
 
 
-@dataclass(frozen=True)
-class _Routed:
-    """The tokens of one expert, gathered, with its expanded matrices."""
-
-    token_N: Tensor
-    slot_N: Tensor
-    hidden_ND: Tensor
-    gate_up_HD: Tensor
-    down_DF: Tensor
-
-
-Stack = tuple[Tensor, Tensor, Tensor | None]
-
-
-def _expert(stack: Stack, expert: int, in_features: int, dtype: torch.dtype) -> Tensor:
-    values, mask, scale = stack
-    one_scale = None if scale is None else scale[expert]
-    return expand(values[expert], mask[expert], in_features, one_scale).to(dtype)
-
-
-def _routed(
-    hidden_TD: Tensor, gate_up: Stack, down: Stack, experts_TA: Tensor
-) -> Iterator[_Routed]:
-    """Each expert that has tokens; an index outside the stored experts is skipped."""
-    width = gate_up[1].shape[1] // 2
-    for expert in range(gate_up[1].shape[0]):
+def _routed(experts_TA: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each matrix that has tokens, their places and slots; an index past the stack is skipped."""
+    for expert in range(count):
         token_N, slot_N = torch.where(experts_TA == expert)
         if len(token_N):
-            yield _Routed(
-                token_N,
-                slot_N,
-                hidden_TD[token_N],
-                _expert(gate_up, expert, hidden_TD.shape[1], hidden_TD.dtype),
-                _expert(down, expert, width, hidden_TD.dtype),
-            )
+            yield expert, token_N, slot_N
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def sparse_routed_linear(
+    input_TI: Tensor,
+    dense: Dense,
+    count: int,
+    rows: int,
+    experts_TA: Tensor,
+    weights_TA: Tensor,
+    base_TO: Tensor | None = None,
+) -> Tensor:
+    """Weighted sum of each token's matrices, `base + Σ_a w_a · W_a x` (T, O).
+
+    `dense` gives each of the `count` matrices (O, I). An index in `experts_TA` that is none of
+    them contributes nothing (expert parallelism's sentinel).
+    """
+    wide = _wide(input_TI)
+    output_TO = input_TI.new_zeros(len(input_TI), rows, dtype=wide)
+    if base_TO is not None:
+        output_TO += base_TO
+    for expert, token_N, slot_N in _routed(experts_TA, count):
+        result_NO = functional.linear(input_TI[token_N], dense(expert))
+        weight_N = weights_TA[token_N, slot_N].to(wide)
+        output_TO.index_add_(0, token_N, result_NO.to(wide) * weight_N[:, None])
+    return output_TO.to(input_TI.dtype)
+
+
+def sparse_routed_linear_backward(
+    gradient_TO: Tensor,
+    input_TI: Tensor,
+    dense: Dense,
+    count: int,
+    experts_TA: Tensor,
+    weights_TA: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `sparse_routed_linear` with respect to `input_TI` and `weights_TA`."""
+    d_input_TI = torch.zeros_like(input_TI, dtype=_wide(input_TI))
+    d_weights_TA = torch.zeros_like(weights_TA)
+    for expert, token_N, slot_N in _routed(experts_TA, count):
+        back_NI = gradient_TO[token_N] @ dense(expert)
+        d_weight_N = (back_NI * input_TI[token_N]).sum(-1)
+        d_weights_TA[token_N, slot_N] = d_weight_N.to(weights_TA.dtype)
+        weight_N = weights_TA[token_N, slot_N, None].to(d_input_TI.dtype)
+        d_input_TI.index_add_(0, token_N, back_NI.to(d_input_TI.dtype) * weight_N)
+    return d_input_TI.to(input_TI.dtype), d_weights_TA
 
 
 def sparse_experts(
     hidden_TD: Tensor,
-    gate_up_values: Tensor,
-    gate_up_mask: Tensor,
-    down_values: Tensor,
-    down_mask: Tensor,
+    gate_up: Dense,
+    down: Dense,
+    count: int,
     experts_TA: Tensor,
     weights_TA: Tensor,
     activation: str,
-    gate_up_scale: Tensor | None = None,
-    down_scale: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum of each token's gated experts: `Σ_a w_a · down_a(act(gate_a x) ⊙ up_a x)`.
 
-    `gate_up_values` and `gate_up_mask` (E, 2F, B) stack gate above up. An index in `experts_TA`
-    that is no stored expert contributes nothing (expert parallelism's sentinel).
+    `gate_up` gives the gate above the up matrix (2F, D) of each of the `count` experts, `down`
+    (D, F). An index in `experts_TA` that is none of them contributes nothing.
     """
-    wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+    wide = _wide(hidden_TD)
     output_TD = torch.zeros_like(hidden_TD, dtype=wide)
-    gate_up, down = (
-        (gate_up_values, gate_up_mask, gate_up_scale),
-        (down_values, down_mask, down_scale),
-    )
-    for part in _routed(hidden_TD, gate_up, down, experts_TA):
-        gate_NF, up_NF = functional.linear(part.hidden_ND, part.gate_up_HD).chunk(2, dim=-1)
-        inner_NF = activate(gate_NF, activation) * up_NF
-        result_ND = functional.linear(inner_NF, part.down_DF)
-        weight_N = weights_TA[part.token_N, part.slot_N].to(wide)
-        output_TD.index_add_(0, part.token_N, result_ND.to(wide) * weight_N[:, None])
+    for expert, token_N, slot_N in _routed(experts_TA, count):
+        both_NH = functional.linear(hidden_TD[token_N], gate_up(expert))
+        gate_NF, up_NF = both_NH.chunk(2, dim=-1)
+        result_ND = functional.linear(activate(gate_NF, activation) * up_NF, down(expert))
+        weight_N = weights_TA[token_N, slot_N].to(wide)
+        output_TD.index_add_(0, token_N, result_ND.to(wide) * weight_N[:, None])
     return output_TD.to(hidden_TD.dtype)
 
 
 def sparse_experts_backward(
     gradient_TD: Tensor,
     hidden_TD: Tensor,
-    gate_up_values: Tensor,
-    gate_up_mask: Tensor,
-    down_values: Tensor,
-    down_mask: Tensor,
+    gate_up: Dense,
+    down: Dense,
+    count: int,
     experts_TA: Tensor,
     weights_TA: Tensor,
     activation: str,
-    gate_up_scale: Tensor | None = None,
-    down_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `sparse_experts` with respect to `hidden_TD` and `weights_TA`.
 
     Activations are computed again instead of kept, so nothing dense outlives the call.
     """
-    wide = torch.promote_types(hidden_TD.dtype, torch.float32)
-    d_hidden_TD = torch.zeros_like(hidden_TD, dtype=wide)
+    d_hidden_TD = torch.zeros_like(hidden_TD, dtype=_wide(hidden_TD))
     d_weights_TA = torch.zeros_like(weights_TA)
-    gate_up, down = (
-        (gate_up_values, gate_up_mask, gate_up_scale),
-        (down_values, down_mask, down_scale),
-    )
-    for part in _routed(hidden_TD, gate_up, down, experts_TA):
-        gate_NF, up_NF = functional.linear(part.hidden_ND, part.gate_up_HD).chunk(2, dim=-1)
+    for expert, token_N, slot_N in _routed(experts_TA, count):
+        gate_up_HD = gate_up(expert)
+        both_NH = functional.linear(hidden_TD[token_N], gate_up_HD)
+        gate_NF, up_NF = both_NH.chunk(2, dim=-1)
         active_NF = activate(gate_NF, activation)
-        d_result_ND = gradient_TD[part.token_N]
-        d_inner_NF = d_result_ND @ part.down_DF
+        d_inner_NF = gradient_TD[token_N] @ down(expert)
         d_weight_N = (d_inner_NF * active_NF * up_NF).sum(-1)
-        d_weights_TA[part.token_N, part.slot_N] = d_weight_N.to(weights_TA.dtype)
-        d_inner_NF = d_inner_NF * weights_TA[part.token_N, part.slot_N, None].to(d_inner_NF.dtype)
+        d_weights_TA[token_N, slot_N] = d_weight_N.to(weights_TA.dtype)
+        d_inner_NF = d_inner_NF * weights_TA[token_N, slot_N, None].to(d_inner_NF.dtype)
         d_gate_NF = activation_gradient(d_inner_NF * up_NF, gate_NF, activation)
         d_both_NH = torch.cat([d_gate_NF, d_inner_NF * active_NF], dim=-1)
-        d_hidden_TD.index_add_(0, part.token_N, (d_both_NH @ part.gate_up_HD).to(wide))
+        d_hidden_TD.index_add_(0, token_N, (d_both_NH @ gate_up_HD).to(d_hidden_TD.dtype))
     return d_hidden_TD.to(hidden_TD.dtype), d_weights_TA
 
 

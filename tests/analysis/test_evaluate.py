@@ -21,6 +21,7 @@ from moiety.analysis.evaluate import (
 )
 from moiety.compose import Recipe, build, open_composite
 from moiety.errors import InputError
+from moiety.experts.modules import SparseExperts
 from moiety.scoring import score
 from moiety.text import read_documents, token_windows
 
@@ -89,6 +90,11 @@ def test_controls_need_held_out_text(world: Any, built: Path, tmp_path: Path) ->
 
 def test_bytes_count_packed_experts_and_their_dense_twins(built: Path) -> None:
     model = open_composite(built).model
+    tiled = model_bytes(model)
+    assert tiled["experts_packed"] <= tiled["composite"] < tiled["dense_composite"]
+    for module in model.modules():
+        if isinstance(module, SparseExperts):
+            module.untile()
     sizes = model_bytes(model)
     weights = 2 * 3 * 3 * 32 * 48
     assert sizes["experts_dense"] == 2 * weights

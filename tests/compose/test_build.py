@@ -63,7 +63,7 @@ def test_composite_is_a_stock_mixtral_with_packed_experts(world: Any, built: Pat
     experts = [m for m in model.modules() if isinstance(m, SparseExperts)]
     assert len(experts) == 2
     assert model.config.moiety == {"experts": list(world.finetunes)}
-    stored = sum(p.nbytes for m in experts for p in m.parameters())
+    stored = sum(tensor.nbytes for m in experts for tensor in m.state_dict().values())
     assert stored * 16 == 9 * 2 * 2 * 3 * 3 * 32 * 48
 
 
@@ -126,9 +126,10 @@ def test_every_pattern_and_kind_of_values_builds_loads_and_routes(
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     packed = [m for m in model.modules() if isinstance(m, SparseExperts)]
     assert {(str(m.pattern), m.values) for m in packed} == {(str(pattern), values)}
-    scales = [p for n, p in model.named_parameters() if n.endswith("_scale")]
+    tensors = [pair for m in packed for pair in m.state_dict().items()]
+    scales = [tensor for name, tensor in tensors if name.endswith("_scale")]
     assert len(scales) == (4 if values.startswith("int") else 0)
-    stored = sum(p.nbytes for m in packed for p in m.parameters()) - sum(s.nbytes for s in scales)
+    stored = sum(tensor.nbytes for _, tensor in tensors) - sum(s.nbytes for s in scales)
     assert stored * 8 == bits * 2 * 3 * 3 * 32 * 48
     assert logits(model).isfinite().all()
     export_dense(tmp_path / "out", tmp_path / "dense")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moiety.errors import InputError, OutputError
 from moiety.experts.checkpoint import Checkpoint
 from moiety.experts.export import export_dense
+from moiety.experts.kernels import layouts
 from moiety.progress import Silent
 
 IDS = torch.arange(3, 43).reshape(2, 20)
@@ -62,7 +63,9 @@ def test_the_export_is_the_model(
     assert config == before
 
 
-def test_integers_in_16_bits_are_the_rounded_model(packs: Any, tmp_path: Path) -> None:
+def test_integers_in_16_bits_are_the_rounded_model(
+    packs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = packs.tiny_mixtral().bfloat16()
     packed = packs.write_packed(model, tmp_path, packs.EXPERTS, "2:4", "int8")
     listener = Listener()
@@ -70,7 +73,11 @@ def test_integers_in_16_bits_are_the_rounded_model(packs: Any, tmp_path: Path) -
     assert any("rounded to bfloat16" in note for note in listener.notes)
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
-    assert torch.equal(logits(packed), logits(tmp_path / "out"))
+    rounded = logits(tmp_path / "out")
+    torch.testing.assert_close(logits(packed), rounded, rtol=2e-2, atol=2e-2)
+    with monkeypatch.context() as patch:
+        patch.setattr(layouts, "library", lambda: None)
+        assert torch.equal(logits(packed), rounded)
     exact = Listener()
     export_dense(packed, tmp_path / "exact", dtype=torch.float32, progress=exact)
     assert not exact.notes

@@ -115,7 +115,8 @@ def test_a_dtype_request_leaves_packed_values_as_stored(
     packed = tmp_path / "bf16"
     folder = packs.write_packed(packs.tiny_mixtral(), packed, packs.EXPERTS, "2:4", "bf16")
     experts = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).model.layers[0].mlp.experts
-    assert experts.gate_up_proj.dtype == experts.down_proj.dtype == torch.bfloat16
+    kept = [experts.packed(name)[0] for name in ("gate_up_proj", "down_proj")]
+    assert [values.dtype for values in kept] == [torch.bfloat16] * 2
 
 
 def test_biases_follow_the_requested_dtype(packs: Any, tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+// The library's plain C interface, called through ctypes. Every function that can fail gives a
+// Status; shapes and dtypes were checked by the caller, masks are checked here.
+
+#include "convert.h"
+#include "driver.h"
+
+#define MOIETY_API extern "C" __attribute__((visibility("default")))
+
+static bool has(int32_t isa) {
+#if defined(MOIETY_EMULATE)
+  return isa >= PORTABLE && isa <= AVX512_BF16;
+#elif defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt") &&
+                    __builtin_cpu_supports("bmi");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  if (isa == AVX2) return avx2;
+  if (isa == AVX512) return avx512;
+  if (isa == AVX512_BF16) return avx512 && __builtin_cpu_supports("avx512bf16");
+  return isa == PORTABLE;
+#else
+  return isa == PORTABLE;
+#endif
+}
+
+static const Kernels *kernels_of(int32_t isa) {
+  if (!has(isa)) return nullptr;
+#if defined(MOIETY_X86)
+  if (isa == AVX2) return &avx2_kernels;
+  if (isa == AVX512) return &avx512_kernels;
+  if (isa == AVX512_BF16) return &avx512_bf16_kernels;
+#endif
+  return &portable_kernels;
+}
+
+// 1 where this CPU can run an instruction set's kernels.
+MOIETY_API int32_t moiety_has(int32_t isa) { return has(isa); }
+
+MOIETY_API int32_t moiety_starts(const Matrix *from, int32_t threads, int64_t *starts) {
+  return starts_of(*from, threads, starts);
+}
+
+MOIETY_API int64_t moiety_tile_bytes(int32_t kind, int64_t rows, int64_t columns) {
+  return tile_bytes(kind, rows, columns);
+}
+
+MOIETY_API int32_t moiety_tile(const Matrix *from, int32_t threads, uint8_t *tiles) {
+  return tile(*from, threads, tiles);
+}
+
+MOIETY_API int32_t moiety_untile(const Matrix *from, int32_t threads, uint8_t *values,
+                                 uint8_t *mask, uint16_t *scale) {
+  return untile(*from, threads, values, mask, scale);
+}
+
+MOIETY_API int32_t moiety_expand(const Matrix *from, int64_t which, int32_t threads, int32_t bf16,
+                                 void *dense) {
+  return expand(*from, which, threads, bf16, dense);
+}
+
+// `gate_up`, `routes` and `base` may be null; see Call.
+MOIETY_API int32_t moiety_forward(int32_t isa, int32_t threads, const Matrix *gate_up,
+                                  const Matrix *down, int32_t activation, const Tokens *x,
+                                  const Routes *routes, const void *base, void *out) {
+  const Kernels *kernels = kernels_of(isa);
+  if (!kernels || threads < 1) return BAD_ARGUMENT;
+  return forward({kernels, threads, gate_up, down, activation, *x, routes, base, out});
+}

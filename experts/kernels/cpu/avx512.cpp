@@ -1,0 +1,28 @@
+// AVX-512 without bf16 products: 16 floats a vector.
+
+#include "kernels.h"
+#include "target.h"
+
+#if defined(MOIETY_X86)
+
+#include "intrinsics.h"
+
+MOIETY_TARGET("avx2,fma,f16c,popcnt,bmi,avx512f,avx512bw,avx512vl,avx512dq")
+namespace avx512 {
+
+#include "wide.h"
+
+#define MOIETY_EXPAND8
+#include "scalar.h"
+#include "expand8.h"
+#include "body.h"
+
+}  // namespace avx512
+MOIETY_TARGET_END
+
+extern const Kernels avx512_kernels = {
+    avx512::WIDTH, avx512::BLOCK, 16,                4,             avx512::few_tokens,
+    avx512::many_tokens, nullptr, avx512::gated, avx512::transpose, avx512::widen,
+    avx512::narrow};
+
+#endif

@@ -1,0 +1,29 @@
+// AVX-512 with bf16 products: one instruction multiplies and adds both kept values of 16 rows.
+
+#include "kernels.h"
+#include "target.h"
+
+#if defined(MOIETY_X86)
+
+#include "intrinsics.h"
+
+MOIETY_TARGET("avx2,fma,f16c,popcnt,bmi,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+namespace avx512_bf16 {
+
+#include "wide.h"
+
+#define MOIETY_EXPAND8
+#include "scalar.h"
+#include "expand8.h"
+#include "body.h"
+#include "dots.h"
+
+}  // namespace avx512_bf16
+MOIETY_TARGET_END
+
+extern const Kernels avx512_bf16_kernels = {
+    avx512_bf16::WIDTH, avx512_bf16::BLOCK, 16, 4, avx512_bf16::few_tokens,
+    avx512_bf16::many_tokens, avx512_bf16::dots, avx512_bf16::gated, avx512_bf16::transpose,
+    avx512_bf16::widen, avx512_bf16::narrow};
+
+#endif

@@ -1,0 +1,144 @@
+// What every instruction set has in common, given its vectors. Included inside its namespace.
+
+#include "activations.h"
+#include "lanes.h"
+#include "rows.h"
+#include "tokens.h"
+
+// Runs a statement with a kind K known at compile time.
+#define FOR_KIND(kind, ...)                                                                 \
+  switch (kind) {                                                                            \
+    case BF16: { constexpr Kind K = BF16; __VA_ARGS__; break; }                                     \
+    case FP16: { constexpr Kind K = FP16; __VA_ARGS__; break; }                                     \
+    case FP32: { constexpr Kind K = FP32; __VA_ARGS__; break; }                                     \
+    case INT8: { constexpr Kind K = INT8; __VA_ARGS__; break; }                                     \
+    default: { constexpr Kind K = INT4; __VA_ARGS__; }                                              \
+  }
+
+static int64_t chunks_of(const Matrix &m) { return (m.columns + CHUNK - 1) / CHUNK; }
+
+static const uint8_t *tile_of(const Matrix &m, int64_t which, int64_t row) {
+  const int64_t chunks = chunks_of(m), bytes = CONTROL_BYTES + GROUPS * GROUP_BYTES[m.kind];
+  const int64_t scales = IS_INTEGER[m.kind] ? (chunks + SCALE_CHUNKS - 1) / SCALE_CHUNKS : 0;
+  const int64_t tile = chunks * bytes + scales * 2 * TILE_ROWS;
+  return m.values + which * m.values_step + row / TILE_ROWS * tile;
+}
+
+static int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Tiles always give whole tiles of rows; y has room for them.
+static bool few_tokens(const Matrix &m, int64_t which, int64_t row, int64_t rows, const float *x,
+                       int64_t x_step, int64_t count, float *y, int64_t y_step) {
+  if (m.layout == TILES) {
+    for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+      const uint8_t *tile = tile_of(m, which, row + r);
+      FOR_KIND(m.kind, tile_few<K>(tile, chunks_of(m), x, x_step, count, y + r, y_step));
+    }
+    return true;
+  }
+#if defined(MOIETY_EXPAND8)
+  for (int64_t r = 0; r < rows; r++) {
+    const Row one = row_of(m, which, row + r);
+    if (!row_holds(one, m.columns)) return false;
+    FOR_KIND(m.kind, row_lanes<K>(one, m.columns, x, x_step, count, y + r, y_step));
+  }
+  return true;
+#else
+  return false;
+#endif
+}
+
+template <Kind kind, int V>
+static void tiles_by_tokens(const Matrix &m, const uint8_t *const *tiles, int64_t count,
+                            int64_t column, const float *x, float *y) {
+  constexpr int64_t BYTES = CONTROL_BYTES + GROUPS * GROUP_BYTES[kind];
+  const int64_t chunk = column / CHUNK, block = chunk / SCALE_CHUNKS;
+  const int64_t scales = IS_INTEGER[kind] ? 2 * TILE_ROWS : 0;
+  const int64_t some = shorter(chunks_of(m) - chunk, STEP / CHUNK);
+  for (int64_t i = 0; i < count; i++) {
+    const uint8_t *scale = tiles[i] + block * (SCALE_CHUNKS * BYTES + scales);
+    const uint8_t *at = scale + scales + (chunk - block * SCALE_CHUNKS) * BYTES;
+    tile_step<kind, V>(at, some, scale, x, y + i * TILE_ROWS * V * WIDTH);
+  }
+}
+
+template <Kind kind, int V>
+static void rows_by_tokens(const Matrix &m, const Row *rows, const int64_t *at, int64_t count,
+                           int64_t column, const float *x, float *y) {
+  for (int64_t r = 0; r < count; r++) {
+    const Row &row = rows[r];
+    const float scale = IS_INTEGER[kind] ? bf16_value(row.scale[column / SCALE_COLUMNS]) : 1.0f;
+    row_step<kind, V>(row.values, at[r], bits_at(row, column, m.columns), scale, x,
+                      y + r * V * WIDTH);
+  }
+}
+
+#define FOR_VECTORS(vectors, ...)                                                           \
+  switch (vectors) {                                                                         \
+    case 1: { constexpr int V = 1; __VA_ARGS__; break; }                                            \
+    case 2: { constexpr int V = 2; __VA_ARGS__; break; }                                            \
+    case 3: { constexpr int V = 3; __VA_ARGS__; break; }                                            \
+    case 4: { constexpr int V = 4; __VA_ARGS__; break; }                                            \
+    case 5: { constexpr int V = 5; __VA_ARGS__; break; }                                            \
+    case 6: { constexpr int V = 6; __VA_ARGS__; break; }                                            \
+    case 7: { constexpr int V = 7; __VA_ARGS__; break; }                                            \
+    default: { constexpr int V = 8; __VA_ARGS__; }                                                  \
+  }
+
+static bool many_tokens(const Matrix &m, int64_t which, int64_t row, int64_t rows, const float *x,
+                        int64_t padded_columns, int64_t count, float *y) {
+  const uint8_t *tiles[GROUP_ROWS / TILE_ROWS];
+  Row found[GROUP_ROWS];
+  int64_t at[GROUP_ROWS];
+  const bool tiled = m.layout == TILES;
+  const int64_t parts = tiled ? (rows + TILE_ROWS - 1) / TILE_ROWS : rows;
+  const int64_t room = tiled ? parts * TILE_ROWS : rows;
+  for (int64_t i = 0; i < parts; i++) {
+    if (tiled) {
+      tiles[i] = tile_of(m, which, row + i * TILE_ROWS);
+    } else {
+      found[i] = row_of(m, which, row + i);
+      if (!row_holds(found[i], m.columns)) return false;
+      at[i] = found[i].first;
+    }
+  }
+  const int64_t padded_count = (count + WIDTH - 1) / WIDTH * WIDTH;
+  for (int64_t i = 0; i < room * padded_count; i++) y[i] = 0.0f;
+  for (int64_t column = 0; column < m.columns; column += STEP) {
+    for (int64_t first = 0; first < count; first += BLOCK) {
+      const int64_t vectors = (shorter(count - first, BLOCK) + WIDTH - 1) / WIDTH;
+      const float *input = x + first * padded_columns + column * vectors * WIDTH;
+      float *output = y + first * room;
+      FOR_VECTORS(vectors, FOR_KIND(m.kind, if (tiled)
+          tiles_by_tokens<K, V>(m, tiles, parts, column, input, output);
+          else rows_by_tokens<K, V>(m, found, at, parts, column, input, output)));
+    }
+    for (int64_t i = 0; i < (tiled ? 0 : parts); i++)
+      at[i] += __builtin_popcountll(bits_at(found[i], column, m.columns));
+  }
+  return true;
+}
+
+static void widen(const uint16_t *from, float *to, int64_t count) {
+  for (int64_t i = 0; i < count; i++) to[i] = bf16_value(from[i]);
+}
+
+static void narrow(const float *from, uint16_t *to, int64_t count) {
+  for (int64_t i = 0; i < count; i++) to[i] = bf16_bits(from[i]);
+}
+
+static void transpose(const void *const *rows, int64_t count, bool bf16, int64_t wide,
+                      int64_t first_column, int64_t columns, float *block) {
+  for (int64_t t = 0; t < wide; t++) {
+    float *to = block + t;
+    if (t >= count) {
+      for (int64_t c = 0; c < columns; c++) to[c * wide] = 0.0f;
+    } else if (bf16) {
+      const uint16_t *from = (const uint16_t *)rows[t] + first_column;
+      for (int64_t c = 0; c < columns; c++) to[c * wide] = bf16_value(from[c]);
+    } else {
+      const float *from = (const float *)rows[t] + first_column;
+      for (int64_t c = 0; c < columns; c++) to[c * wide] = from[c];
+    }
+  }
+}

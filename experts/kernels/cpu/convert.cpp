@@ -1,0 +1,237 @@
+#include "convert.h"
+
+#include <string.h>
+
+namespace {
+
+#include "scalar.h"
+#include "rows.h"
+
+int64_t up_to(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+
+int64_t bytes_of(int32_t kind) { return CONTROL_BYTES + GROUPS * GROUP_BYTES[kind]; }
+
+// Where a chunk of a tile begins, and the scales that stand before its block of chunks.
+int64_t chunk_at(int32_t kind, int64_t chunk) {
+  const int64_t scales = IS_INTEGER[kind] ? (chunk / SCALE_CHUNKS + 1) * 2 * TILE_ROWS : 0;
+  return chunk * bytes_of(kind) + scales;
+}
+
+int64_t scale_at(int32_t kind, int64_t block) {
+  return block * (SCALE_CHUNKS * bytes_of(kind) + 2 * TILE_ROWS);
+}
+
+int64_t tile_size(int32_t kind, int64_t columns) {
+  const int64_t chunks = up_to(columns, CHUNK);
+  const int64_t scales = IS_INTEGER[kind] ? up_to(chunks, SCALE_CHUNKS) * 2 * TILE_ROWS : 0;
+  return chunks * bytes_of(kind) + scales;
+}
+
+// Copies one kept value of a row into place `which` (0 or 1) of lane r, or back.
+struct Places {
+  int32_t kind;
+  uint8_t *group;
+  int r, which;
+
+  uint8_t *at() const {
+    if (kind == BF16) return group + 4 * r + 2 * which;
+    if (kind == FP16) return group + 32 * which + 2 * r;
+    if (kind == FP32) return group + 64 * which + 4 * r;
+    return kind == INT8 ? group + 16 * which + r : group + r;
+  }
+};
+
+int width_of(int32_t kind) { return kind == FP32 ? 4 : kind == INT8 ? 1 : 2; }
+
+void put(const Places &to, const uint8_t *values, int64_t at) {
+  if (to.kind != INT4) {
+    const int width = width_of(to.kind);
+    memcpy(to.at(), values + at * width, width);
+    return;
+  }
+  const int code = values[at / 2] >> 4 * (at % 2) & 15;
+  *to.at() = (uint8_t)((*to.at() & 15 << 4 * (1 - to.which)) | code << 4 * to.which);
+}
+
+void get(const Places &from, uint8_t *values, int64_t at) {
+  if (from.kind != INT4) {
+    const int width = width_of(from.kind);
+    memcpy(values + at * width, from.at(), width);
+    return;
+  }
+  const int code = *from.at() >> 4 * from.which & 15, half = at % 2;
+  values[at / 2] = (uint8_t)((half ? values[at / 2] & 15 : 0) | code << 4 * half);
+}
+
+// What a lane without a row, or a group past the last column, holds: columns 0 and 1, zeros.
+void clear(int32_t kind, int64_t columns, uint8_t *tile) {
+  memset(tile, 0, tile_size(kind, columns));
+  for (int64_t chunk = 0; chunk < up_to(columns, CHUNK); chunk++) {
+    uint8_t *at = tile + chunk_at(kind, chunk);
+    memset(at, 0x44, CONTROL_BYTES);
+    if (kind == INT4) memset(at + CONTROL_BYTES, 0x88, GROUPS * GROUP_BYTES[kind]);
+  }
+}
+
+bool tile_row(const Matrix &m, const Row &row, int r, uint8_t *tile) {
+  if (!row_holds(row, m.columns)) return false;
+  int64_t at = row.first;
+  for (int64_t group = 0; group < m.columns / 4; group++) {
+    const int nibble = row.mask[group / 2] >> 4 * (group % 2) & 15;
+    if (__builtin_popcount(nibble) != 2) return false;
+    const int first = __builtin_ctz(nibble), second = 31 - __builtin_clz(nibble);
+    uint8_t *chunk = tile + chunk_at(m.kind, group / GROUPS);
+    uint32_t control = load_u32(chunk + 4 * r);
+    const int shift = 4 * (group % GROUPS);
+    control = (control & ~(15u << shift)) | (uint32_t)(first | second << 2) << shift;
+    memcpy(chunk + 4 * r, &control, 4);
+    uint8_t *values = chunk + CONTROL_BYTES + group % GROUPS * GROUP_BYTES[m.kind];
+    put({m.kind, values, r, 0}, row.values, at++);
+    put({m.kind, values, r, 1}, row.values, at++);
+  }
+  if (IS_INTEGER[m.kind])
+    for (int64_t block = 0; block < up_to(m.columns, SCALE_COLUMNS); block++)
+      memcpy(tile + scale_at(m.kind, block) + 2 * r, row.scale + block, 2);
+  return true;
+}
+
+}  // namespace
+
+Status starts_of(const Matrix &from, int threads, int64_t *starts) {
+  const int64_t step = from.rows + 1, bytes = up_to(from.columns, 8);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < from.count * from.rows; i++) {
+    const int64_t which = i / from.rows, row = i % from.rows;
+    const Row one = {nullptr, from.mask + which * from.mask_step + row * bytes, nullptr, 0, 0, 0};
+    int64_t kept = 0;
+    for (int64_t column = 0; column < from.columns; column += 64)
+      kept += __builtin_popcountll(bits_at(one, column, from.columns));
+    starts[which * step + row + 1] = kept;
+  }
+  Status status = OK;
+  for (int64_t which = 0; which < from.count; which++) {
+    int64_t *all = starts + which * step;
+    all[0] = 0;
+    for (int64_t row = 0; row < from.rows; row++) all[row + 1] += all[row];
+    const int64_t spare = from.total - all[from.rows];
+    if (spare < 0 || spare > (from.kind == INT4)) status = BAD_MASK;
+  }
+  return status;
+}
+
+int64_t tile_bytes(int32_t kind, int64_t rows, int64_t columns) {
+  return up_to(rows, TILE_ROWS) * tile_size(kind, columns);
+}
+
+Status tile(const Matrix &from, int threads, uint8_t *tiles) {
+  if (from.columns % 4 || from.starts || 2 * from.kept != from.columns) return BAD_ARGUMENT;
+  const int64_t each = up_to(from.rows, TILE_ROWS), size = tile_size(from.kind, from.columns);
+  Status status = OK;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < from.count * each; i++) {
+    const int64_t which = i / each, first = i % each * TILE_ROWS;
+    uint8_t *to = tiles + i * size;
+    clear(from.kind, from.columns, to);
+    bool good = true;
+    for (int r = 0; r < TILE_ROWS && first + r < from.rows; r++)
+      good = good && tile_row(from, row_of(from, which, first + r), r, to);
+    if (!good) {
+#pragma omp atomic write
+      status = BAD_MASK;
+    }
+  }
+  return status;
+}
+
+Status untile(const Matrix &from, int threads, uint8_t *values, uint8_t *mask, uint16_t *scale) {
+  const int64_t size = tile_size(from.kind, from.columns), kept = from.columns / 2;
+  const int64_t tiles = up_to(from.rows, TILE_ROWS), blocks = up_to(from.columns, SCALE_COLUMNS);
+  const int64_t bytes = up_to(from.columns, 8), kind = from.kind;
+  const int64_t row_bytes = kind == INT4 ? up_to(kept, 2) : kept * width_of(from.kind);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < from.count * from.rows; i++) {
+    const int64_t which = i / from.rows, row = i % from.rows;
+    const int r = row % TILE_ROWS;
+    uint8_t *tile = (uint8_t *)from.values + (which * tiles + row / TILE_ROWS) * size;
+    memset(mask + i * bytes, 0, bytes);
+    for (int64_t group = 0; group < from.columns / 4; group++) {
+      uint8_t *chunk = tile + chunk_at(from.kind, group / GROUPS);
+      const int nibble = load_u32(chunk + 4 * r) >> 4 * (group % GROUPS) & 15;
+      const int bits = 1 << (nibble & 3) | 1 << (nibble >> 2);
+      mask[i * bytes + group / 2] |= (uint8_t)(bits << 4 * (group % 2));
+      uint8_t *at = chunk + CONTROL_BYTES + group % GROUPS * GROUP_BYTES[kind];
+      for (int place = 0; place < 2; place++)
+        get({from.kind, at, r, place}, values + i * row_bytes, 2 * group + place);
+    }
+    for (int64_t block = 0; block < (scale ? blocks : 0); block++)
+      memcpy(scale + i * blocks + block, tile + scale_at(from.kind, block) + 2 * r, 2);
+  }
+  return OK;
+}
+
+namespace {
+
+float value_of(int32_t kind, const uint8_t *values, int64_t at) {
+  switch (kind) {
+    case BF16: return value_at<BF16>(values, at);
+    case FP16: return value_at<FP16>(values, at);
+    case FP32: return value_at<FP32>(values, at);
+    case INT8: return value_at<INT8>(values, at);
+    default: return value_at<INT4>(values, at);
+  }
+}
+
+// Calls give(column, value) for every kept value of a row; false where the mask is not sound.
+template <class Give>
+bool each_value(const Matrix &m, int64_t which, int64_t row, const Give &give) {
+  if (m.layout == ROWS) {
+    const Row one = row_of(m, which, row);
+    if (!row_holds(one, m.columns)) return false;
+    int64_t at = one.first;
+    for (int64_t column = 0; column < m.columns; column += 64) {
+      const float scale = one.scale ? bf16_value(one.scale[column / SCALE_COLUMNS]) : 1.0f;
+      for (uint64_t bits = bits_at(one, column, m.columns); bits; bits &= bits - 1)
+        give(column + __builtin_ctzll(bits), value_of(m.kind, one.values, at++) * scale);
+    }
+    return true;
+  }
+  const uint8_t *tile =
+      m.values + which * m.values_step + row / TILE_ROWS * tile_size(m.kind, m.columns);
+  const int r = row % TILE_ROWS;
+  for (int64_t group = 0; group < m.columns / 4; group++) {
+    const uint8_t *chunk = tile + chunk_at(m.kind, group / GROUPS);
+    const int nibble = load_u32(chunk + 4 * r) >> 4 * (group % GROUPS) & 15;
+    const uint8_t *scales = tile + scale_at(m.kind, group / GROUPS / SCALE_CHUNKS) + 2 * r;
+    const float scale = IS_INTEGER[m.kind] ? bf16_value(load_u16(scales)) : 1.0f;
+    uint8_t *values = (uint8_t *)chunk + CONTROL_BYTES + group % GROUPS * GROUP_BYTES[m.kind];
+    for (int place = 0; place < 2; place++) {
+      const Places from = {m.kind, values, r, place};
+      const float value = value_of(m.kind, from.at(), m.kind == INT4 ? place : 0);
+      give(4 * group + (nibble >> 2 * place & 3), value * scale);
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+Status expand(const Matrix &from, int64_t which, int threads, bool bf16, void *dense) {
+  Status status = OK;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < from.rows; row++) {
+    float *wide = (float *)dense + row * from.columns;
+    uint16_t *narrow = (uint16_t *)dense + row * from.columns;
+    memset(bf16 ? (void *)narrow : (void *)wide, 0, from.columns * (bf16 ? 2 : 4));
+    const bool good = each_value(from, which, row, [=](int64_t column, float value) {
+      if (bf16)
+        narrow[column] = bf16_bits(value);
+      else
+        wide[column] = value;
+    });
+    if (!good) {
+#pragma omp atomic write
+      status = BAD_MASK;
+    }
+  }
+  return status;
+}

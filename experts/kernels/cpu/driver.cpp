@@ -1,0 +1,339 @@
+#include "driver.h"
+
+#include <omp.h>
+#include <string.h>
+
+#include "scratch.h"
+
+namespace {
+
+constexpr int64_t JOB_TOKENS = 256, WAVE_TOKENS = 512;
+
+enum Mode { LANES, BLOCKS, DOTS };
+
+// Tokens `first` to `first + count` of the sorted order, all of one expert.
+struct Job {
+  int64_t expert, first, count;
+  Mode mode;
+  float *x, *inner;
+  int64_t gathered, grouped;  // items of earlier jobs in the two phases that go over jobs
+};
+
+int64_t up_to(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+class Forward {
+ public:
+  explicit Forward(const Call &call)
+      : call_(call),
+        k_(*call.kernels),
+        width_(up_to(call.x.width, 64)),
+        inner_(call.gate_up ? call.down->columns : 0),
+        inner_width_(up_to(inner_, 64)),
+        active_(call.routes ? call.routes->active : 1),
+        direct_(!call.routes && !call.base) {}
+
+  Status run() {
+    static thread_local Scratch lists, sums;
+    const int64_t pairs = call_.x.count * active_, experts = call_.down->count;
+    Pieces sizes(nullptr);
+    for (char *block = nullptr;; block = lists.take(sizes.used())) {
+      Pieces pieces(block);
+      order_ = pieces.take<int64_t>(pairs);
+      ends_ = pieces.take<int64_t>(experts + 1);
+      jobs_ = pieces.take<Job>(WAVE_TOKENS);
+      if (block) break;
+      if (sizes.used()) return NO_MEMORY;
+      sizes = pieces;
+    }
+    sort(pairs, experts);
+    if (!direct_ && !start_sums(sums)) return NO_MEMORY;
+    Status status = waves(experts);
+    if (status == OK && !direct_ && call_.x.bf16) finish_sums();
+    return status;
+  }
+
+ private:
+  // Pairs (token, slot) by expert, tokens ascending.
+  void sort(int64_t pairs, int64_t experts) {
+    memset(ends_, 0, (experts + 1) * sizeof(int64_t));
+    for (int64_t p = 0; p < pairs; p++)
+      if (known(p, experts)) ends_[expert_of(p) + 1]++;
+    for (int64_t e = 0; e < experts; e++) ends_[e + 1] += ends_[e];
+    for (int64_t p = 0; p < pairs; p++)
+      if (known(p, experts)) order_[ends_[expert_of(p)]++] = p;
+  }
+
+  int64_t expert_of(int64_t pair) const { return call_.routes ? call_.routes->experts[pair] : 0; }
+  bool known(int64_t pair, int64_t experts) const {
+    return expert_of(pair) >= 0 && expert_of(pair) < experts;
+  }
+
+  bool start_sums(Scratch &scratch) {
+    const int64_t size = call_.x.count * call_.down->rows;
+    if (size == 0) return true;
+    sums_ = call_.x.bf16 ? (float *)scratch.take(size * sizeof(float)) : (float *)call_.out;
+    if (!sums_) return false;
+    if (!call_.base)
+      memset(sums_, 0, size * sizeof(float));
+    else if (call_.x.bf16)
+      k_.widen((const uint16_t *)call_.base, sums_, size);
+    else
+      memcpy(sums_, call_.base, size * sizeof(float));
+    return true;
+  }
+
+  void finish_sums() {
+    const int64_t rows = call_.down->rows;
+#pragma omp parallel for num_threads(call_.threads) schedule(static)
+    for (int64_t t = 0; t < call_.x.count; t++)
+      k_.narrow(sums_ + t * rows, (uint16_t *)call_.out + t * rows, rows);
+  }
+
+  // After sort(), ends_[e] is where expert e ends.
+  Status waves(int64_t experts) {
+    int64_t count = 0, tokens = 0;
+    for (int64_t e = 0, at = 0; e < experts; e++) {
+      while (at < ends_[e]) {
+        const int64_t some = least(ends_[e] - at, JOB_TOKENS);
+        if (tokens + some > WAVE_TOKENS) {
+          const Status status = wave(count);
+          if (status != OK) return status;
+          count = tokens = 0;
+        }
+        jobs_[count++] = {e, at, some, mode_of(some), nullptr, nullptr, 0, 0};
+        at += some;
+        tokens += some;
+      }
+    }
+    return count ? wave(count) : OK;
+  }
+
+  Mode mode_of(int64_t tokens) const {
+    const bool tiles = call_.down->layout == TILES;
+    const int32_t kind = call_.down->kind;
+    if (k_.dots && call_.x.bf16 && tiles && kind != FP16 && kind != FP32) return DOTS;
+    return tokens <= (tiles ? k_.few_tiles : k_.few_rows) ? LANES : BLOCKS;
+  }
+
+  // Floats (or for DOTS, halves of them) that tokens of some width take.
+  int64_t room(const Job &job, int64_t width) const {
+    if (job.mode == LANES) return job.count * width;
+    if (job.mode == BLOCKS) return up_to(job.count, k_.width) * width;
+    return (job.count + DOTS_PAD) * width / 2;
+  }
+
+  Status wave(int64_t count) {
+    static thread_local Scratch scratch;
+    const int64_t results = GROUP_ROWS * (JOB_TOKENS + DOTS_PAD);
+    float *gates = nullptr, *ups = nullptr;
+    size_t size = 0;
+    for (char *block = nullptr;; block = scratch.take(size)) {
+      Pieces pieces(block);
+      for (int64_t j = 0; j < count; j++) {
+        jobs_[j].x = pieces.take<float>(room(jobs_[j], width_));
+        jobs_[j].inner = pieces.take<float>(room(jobs_[j], inner_width_));
+      }
+      gates = pieces.take<float>(call_.threads * results);
+      ups = pieces.take<float>(call_.threads * results);
+      if (block) break;
+      if (size) return NO_MEMORY;
+      size = pieces.used();
+    }
+    const int64_t group = group_rows(inner_), last = group_rows(call_.down->rows);
+    int64_t gathered = 0, grouped = 0;
+    for (int64_t j = 0; j < count; j++) {
+      jobs_[j].gathered = gathered;
+      jobs_[j].grouped = grouped;
+      gathered += gather_items(jobs_[j]);
+      grouped += call_.gate_up ? up_to(inner_, group) / group : 0;
+    }
+    const int64_t outputs = up_to(call_.down->rows, last) / last;
+    status_ = OK;
+#pragma omp parallel num_threads(call_.threads)
+    {
+      float *gate = gates + omp_get_thread_num() * results;
+      float *up = ups + omp_get_thread_num() * results;
+#pragma omp for schedule(dynamic, 4)
+      for (int64_t i = 0; i < gathered; i++) gather(find(i, count, &Job::gathered), i);
+      if (call_.gate_up) {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < grouped; i++)
+          gate_and_up(find(i, count, &Job::grouped), i, group, gate, up);
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < outputs; i++)
+        for (int64_t j = 0; j < count; j++) results_of(jobs_[j], i * last, last, gate);
+    }
+    return status_;
+  }
+
+  // Rows one thread takes at a time: whole tiles, and enough pieces for all threads.
+  int64_t group_rows(int64_t rows) const {
+    const int64_t share = up_to(rows / (4 * call_.threads) + 1, TILE_ROWS);
+    return least(share, GROUP_ROWS);
+  }
+
+  const Job &find(int64_t item, int64_t count, int64_t Job::*first) const {
+    int64_t low = 0, high = count;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (jobs_[middle].*first <= item ? low : high) = middle;
+    }
+    return jobs_[low];
+  }
+
+  static constexpr int64_t GATHER_COLUMNS = 256;
+
+  int64_t gather_items(const Job &job) const {
+    if (job.mode == DOTS) return job.count + DOTS_PAD;
+    if (job.mode == LANES) return job.count;
+    return up_to(job.count, k_.block) / k_.block * (up_to(width_, GATHER_COLUMNS) / GATHER_COLUMNS);
+  }
+
+  const void *token(int64_t place) const {
+    const int64_t row = order_[place] / active_ * call_.x.width;
+    return call_.x.bf16 ? (const void *)((const uint16_t *)call_.x.data + row)
+                        : (const void *)((const float *)call_.x.data + row);
+  }
+
+  void gather(const Job &job, int64_t item) {
+    item -= job.gathered;
+    const int64_t width = call_.x.width, spare = width_ - width;
+    if (job.mode == BLOCKS) {
+      gather_block(job, item);
+    } else if (job.mode == DOTS) {
+      uint16_t *to = (uint16_t *)job.x + item * width_;
+      const bool real = item < job.count;
+      if (real) memcpy(to, token(job.first + item), width * 2);
+      memset(to + (real ? width : 0), 0, (real ? spare : width_) * 2);
+    } else {
+      float *to = job.x + item * width_;
+      const void *from = token(job.first + item);
+      if (call_.x.bf16)
+        k_.widen((const uint16_t *)from, to, width);
+      else
+        memcpy(to, from, width * 4);
+      memset(to + width, 0, spare * 4);
+    }
+  }
+
+  void gather_block(const Job &job, int64_t item) {
+    const int64_t pieces = up_to(width_, GATHER_COLUMNS) / GATHER_COLUMNS;
+    const int64_t first = item / pieces * k_.block, column = item % pieces * GATHER_COLUMNS;
+    const int64_t count = least(job.count - first, k_.block), wide = up_to(count, k_.width);
+    const void *rows[64];
+    for (int64_t t = 0; t < count; t++) rows[t] = token(job.first + first + t);
+    const int64_t real = least(call_.x.width - column, GATHER_COLUMNS);
+    float *block = job.x + first * width_ + column * wide;
+    if (real > 0) k_.transpose(rows, count, call_.x.bf16, wide, column, real, block);
+    const int64_t here = least(width_ - column, GATHER_COLUMNS), done = real > 0 ? real : 0;
+    memset(block + done * wide, 0, (here - done) * wide * 4);
+  }
+
+  bool multiply(const Matrix &m, int64_t which, int64_t row, int64_t rows, const Job &job,
+                const float *x, int64_t width, float *y) const {
+    if (job.mode == BLOCKS) return k_.tokens(m, which, row, rows, x, width, job.count, y);
+    if (job.mode == LANES)
+      return k_.lanes(m, which, row, rows, x, width, job.count, y, GROUP_ROWS);
+    k_.dots(m, which, row, rows, (const uint16_t *)x, width, job.count, y, GROUP_ROWS);
+    return true;
+  }
+
+  void bad_mask() {
+#pragma omp atomic write
+    status_ = BAD_MASK;
+  }
+
+  // Rows of one block of results: tiles are computed whole.
+  int64_t room_of(int64_t rows) const {
+    return call_.down->layout == TILES ? up_to(rows, TILE_ROWS) : rows;
+  }
+
+  void gate_and_up(const Job &job, int64_t item, int64_t group, float *gate, float *up) {
+    const Matrix &m = *call_.gate_up;
+    const int64_t row = (item - job.grouped) * group, rows = least(inner_ - row, group);
+    const bool tiles = m.layout == TILES;
+    const int64_t expert = job.expert, above = tiles ? 2 * expert : expert;
+    const bool good =
+        multiply(m, above, row, rows, job, job.x, width_, gate) &&
+        multiply(m, tiles ? above + 1 : above, tiles ? row : inner_ + row, rows, job, job.x,
+                 width_, up);
+    if (!good) return bad_mask();
+    const bool last = row + rows == inner_;
+    const int64_t spare = last ? inner_width_ - inner_ : 0;
+    if (job.mode == BLOCKS) {
+      for (int64_t first = 0; first < job.count; first += k_.block) {
+        const int64_t wide = up_to(least(job.count - first, k_.block), k_.width);
+        const int64_t from = first * room_of(rows);
+        float *to = job.inner + first * inner_width_ + row * wide;
+        k_.gated(call_.activation, gate + from, up + from, to, rows * wide);
+        memset(to + rows * wide, 0, spare * wide * 4);
+      }
+      return;
+    }
+    for (int64_t t = 0; t < job.count; t++) {
+      float *g = gate + t * GROUP_ROWS, *u = up + t * GROUP_ROWS;
+      if (job.mode == LANES) {
+        float *to = job.inner + t * inner_width_ + row;
+        k_.gated(call_.activation, g, u, to, rows);
+        memset(to + rows, 0, spare * 4);
+      } else {
+        uint16_t *to = (uint16_t *)job.inner + t * inner_width_ + row;
+        k_.gated(call_.activation, g, u, g, rows);
+        k_.narrow(g, to, rows);
+        memset(to + rows, 0, spare * 2);
+      }
+    }
+    if (job.mode == DOTS)
+      for (int64_t t = job.count; t < job.count + DOTS_PAD; t++)
+        memset((uint16_t *)job.inner + t * inner_width_ + row, 0, (rows + spare) * 2);
+  }
+
+  void results_of(const Job &job, int64_t row, int64_t group, float *y) {
+    const Matrix &m = *call_.down;
+    const int64_t rows = least(m.rows - row, group);
+    const float *x = call_.gate_up ? job.inner : job.x;
+    const int64_t width = call_.gate_up ? inner_width_ : width_;
+    if (!multiply(m, job.expert, row, rows, job, x, width, y)) return bad_mask();
+    for (int64_t t = 0; t < job.count; t++) {
+      const float *from = y + t * GROUP_ROWS;
+      int64_t step = 1;
+      if (job.mode == BLOCKS) {
+        const int64_t first = t / k_.block * k_.block;
+        step = up_to(least(job.count - first, k_.block), k_.width);
+        from = y + first * room_of(rows) + (t - first);
+      }
+      const int64_t pair = order_[job.first + t];
+      put(from, step, pair, row, rows);
+    }
+  }
+
+  void put(const float *from, int64_t step, int64_t pair, int64_t row, int64_t rows) {
+    const int64_t at = pair / active_ * call_.down->rows + row;
+    if (!direct_) {
+      const float weight = call_.routes ? call_.routes->weights[pair] : 1.0f;
+      for (int64_t r = 0; r < rows; r++) sums_[at + r] += weight * from[r * step];
+      return;
+    }
+    float values[GROUP_ROWS];
+    for (int64_t r = 0; r < rows; r++) values[r] = from[r * step];
+    if (call_.x.bf16)
+      k_.narrow(values, (uint16_t *)call_.out + at, rows);
+    else
+      memcpy((float *)call_.out + at, values, rows * 4);
+  }
+
+  const Call &call_;
+  const Kernels &k_;
+  const int64_t width_, inner_, inner_width_, active_;
+  const bool direct_;
+  int64_t *order_ = nullptr, *ends_ = nullptr;
+  Job *jobs_ = nullptr;
+  float *sums_ = nullptr;
+  Status status_ = OK;
+};
+
+}  // namespace
+
+Status forward(const Call &call) { return Forward(call).run(); }

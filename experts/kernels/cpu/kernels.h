@@ -1,0 +1,45 @@
+// The table of functions that every instruction set fills; the driver calls nothing else.
+
+#pragma once
+
+#include "format.h"
+#include "target.h"
+
+struct Kernels {
+  int64_t width;  // floats of a vector; a block of tokens is padded to whole vectors
+  int64_t block;  // tokens of a whole block
+  int64_t few_tiles, few_rows;  // up to so many tokens of one matrix, `lanes` is the faster one
+
+  // y (count x rows, y_step apart) of rows `row` to `row + rows` for tokens x (x_step apart, fp32,
+  // zeros up to whole chunks). False where a mask and its values disagree.
+  bool (*lanes)(const Matrix &, int64_t which, int64_t row, int64_t rows, const float *x,
+                int64_t x_step, int64_t count, float *y, int64_t y_step);
+
+  // The same for blocks of transposed tokens: x and y hold one block after the other, each
+  // (columns padded to 64, or rows) x (its tokens padded to whole vectors).
+  bool (*tokens)(const Matrix &, int64_t which, int64_t row, int64_t rows, const float *x,
+                 int64_t padded_columns, int64_t count, float *y);
+
+  // As `lanes` for bf16 tokens, with DOTS_PAD more of zeros behind them and as much room in y; null
+  // where the CPU has no bf16 products. For tiles of bf16, int8 and int4.
+  void (*dots)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
+               int64_t x_step, int64_t count, float *y, int64_t y_step);
+
+  void (*gated)(int activation, const float *gate, const float *up, float *out, int64_t count);
+
+  // One block (columns x wide) of transposed tokens from rows of bf16 or fp32, null rows are 0.
+  void (*transpose)(const void *const *rows, int64_t count, bool bf16, int64_t wide,
+                    int64_t first_column, int64_t columns, float *block);
+
+  // fp32 from bf16 and the other way round.
+  void (*widen)(const uint16_t *from, float *to, int64_t count);
+  void (*narrow)(const float *from, uint16_t *to, int64_t count);
+};
+
+static constexpr int64_t DOTS_PAD = 24;
+static constexpr int64_t GROUP_ROWS = 64;
+
+extern const Kernels portable_kernels;
+#if defined(MOIETY_X86)
+extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
+#endif

@@ -1,0 +1,233 @@
+"""The compiled CPU kernels: a plain C library, found beside this file and called through ctypes.
+
+Importing torch first matters: the library then shares torch's OpenMP runtime instead of bringing
+a second one, whose threads would spin against torch's.
+
+T tokens, A active experts, O/I out/in features.
+"""
+
+import ctypes
+import functools
+from ctypes import POINTER, byref, c_int32, c_int64, c_void_p
+from enum import IntEnum
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moiety.errors import InputError
+from moiety.experts.kernels.weights import INTEGERS, KINDS, Weights
+
+FILE = Path(__file__).with_name("_cpu.so")
+_KIND_CODE = {kind: code for code, kind in enumerate(KINDS)}
+_ACTIVATION_CODE = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
+_BAD_MASK, _NO_MEMORY = 1, 2
+
+
+class Isa(IntEnum):
+    """Instruction sets with kernels of their own, slowest first."""
+
+    PORTABLE = 0
+    AVX2 = 1
+    AVX512 = 2
+    AVX512_BF16 = 3
+
+
+class _Matrix(ctypes.Structure):
+    """`Matrix` of cpu/format.h."""
+
+    _fields_ = (
+        ("values", c_void_p),
+        ("mask", c_void_p),
+        ("scale", c_void_p),
+        ("starts", c_void_p),
+        *((name, c_int64) for name in ("count", "rows", "columns", "kept", "total")),
+        *((f"{name}_step", c_int64) for name in ("values", "mask", "scale", "starts")),
+        ("kind", c_int32),
+        ("layout", c_int32),
+    )
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("count", c_int64), ("width", c_int64), ("bf16", c_int32))
+
+
+class _Routes(ctypes.Structure):
+    _fields_ = (("experts", c_void_p), ("weights", c_void_p), ("active", c_int64))
+
+
+class Library:
+    """The loaded library. Raises OSError when it cannot be loaded."""
+
+    def __init__(self, path: Path = FILE) -> None:
+        self._functions = ctypes.CDLL(str(path))
+        forward = self._functions.moiety_forward
+        forward.argtypes = [c_int32, c_int32, *[c_void_p] * 2, c_int32, *[c_void_p] * 4]
+        self._functions.moiety_tile_bytes.restype = c_int64
+        self._functions.moiety_tile_bytes.argtypes = [c_int32, c_int64, c_int64]
+        matrix = POINTER(_Matrix)
+        self._functions.moiety_tile.argtypes = [matrix, c_int32, c_void_p]
+        self._functions.moiety_untile.argtypes = [matrix, c_int32, *[c_void_p] * 3]
+        self._functions.moiety_starts.argtypes = [matrix, c_int32, c_void_p]
+        self._functions.moiety_expand.argtypes = [matrix, c_int64, c_int32, c_int32, c_void_p]
+        self.supported = tuple(isa for isa in Isa if self._functions.moiety_has(isa))
+        self.best = max(self.supported)
+
+    def tile(self, weights: Weights) -> Weights:
+        """Tiles of 2:4 matrices in the rows layout; ValueError where a mask is not 2:4."""
+        size = self._functions.moiety_tile_bytes(
+            _KIND_CODE[weights.kind], weights.rows, weights.columns
+        )
+        tiles = torch.empty(weights.stack, size, dtype=torch.uint8)
+        matrix, _kept = self._matrix(weights)
+        status = self._functions.moiety_tile(byref(matrix), _threads(), tiles.data_ptr())
+        _check(status)
+        return Weights(tiles, None, None, weights.rows, weights.columns, weights.kind)
+
+    def untile(self, weights: Weights) -> Weights:
+        """The rows layout again, exactly as it was."""
+        stack, kept = (weights.stack, weights.rows), weights.columns // 2
+        kept = -(-kept // 2) if weights.kind == "int4" else kept
+        values = torch.empty(*stack, kept, dtype=KINDS[weights.kind])
+        mask = torch.empty(*stack, -(-weights.columns // 8), dtype=torch.uint8)
+        scale = None
+        if weights.kind in INTEGERS:
+            scale = torch.empty(*stack, -(-weights.columns // 128), dtype=torch.bfloat16)
+        matrix, _kept = self._matrix(weights)
+        pointers = (_pointer(tensor) for tensor in (values, mask, scale))
+        _check(self._functions.moiety_untile(byref(matrix), _threads(), *pointers))
+        return Weights(values, mask, scale, weights.rows, weights.columns, weights.kind)
+
+    def starts(self, weights: Weights) -> Tensor:
+        """Where each row of flat values begins, and the end (E, O + 1)."""
+        _, starts = self._matrix(weights._replace(starts=None))
+        assert starts is not None
+        return starts
+
+    def expand(self, weights: Weights, which: int, dtype: torch.dtype) -> Tensor:
+        """One dense matrix (O, I) in bf16 or fp32; ValueError where mask and values disagree."""
+        dense_OI = torch.empty(weights.rows, weights.columns, dtype=dtype)
+        matrix, _kept = self._matrix(weights)
+        bf16 = dtype == torch.bfloat16
+        arguments = (byref(matrix), which, _threads(), bf16, dense_OI.data_ptr())
+        _check(self._functions.moiety_expand(*arguments))
+        return dense_OI
+
+    def forward(
+        self,
+        input_TI: Tensor,
+        down: Weights,
+        *,
+        gate_up: Weights | None = None,
+        activation: str = "silu",
+        experts_TA: Tensor | None = None,
+        weights_TA: Tensor | None = None,
+        base_TO: Tensor | None = None,
+        isa: Isa | None = None,
+        threads: int | None = None,
+    ) -> Tensor:
+        """Products (T, O) of tokens, contiguous and bf16 or fp32, in their dtype.
+
+        Without `experts_TA` (int64) every token goes to the first matrix. With it and
+        `weights_TA` (fp32), a token's result is the weighted sum over its matrices, on top of
+        `base_TO`. With `gate_up`, the tokens first go through `activation(gate) * up`. ValueError
+        where a mask and its values disagree.
+        """
+        isa = self.best if isa is None else isa
+        if isa not in self.supported:
+            raise InputError(f"expected a CPU with {isa.name}, but it has {self.best.name} at best")
+        output_TO = torch.empty(len(input_TI), down.rows, dtype=input_TI.dtype)
+        bf16 = input_TI.dtype == torch.bfloat16
+        tokens = _Tokens(input_TI.data_ptr(), len(input_TI), input_TI.shape[1], bf16)
+        routes, matrix, above = None, self._matrix(down), None
+        if experts_TA is not None and weights_TA is not None:
+            routes = _Routes(experts_TA.data_ptr(), weights_TA.data_ptr(), experts_TA.shape[1])
+        if gate_up is not None:
+            above = self._matrix(gate_up)
+        status = self._functions.moiety_forward(
+            isa,
+            threads or _threads(),
+            byref(above[0]) if above else None,
+            byref(matrix[0]),
+            _ACTIVATION_CODE[activation],
+            byref(tokens),
+            byref(routes) if routes else None,
+            _pointer(base_TO),
+            output_TO.data_ptr(),
+        )
+        _check(status)
+        return output_TO
+
+    def _matrix(self, weights: Weights) -> tuple[_Matrix, Tensor | None]:
+        """The C structure, and what must stay alive as long as it."""
+        values, mask, scale = weights.values, weights.mask, weights.scale
+        each = values[0].numel() if len(values) else 0
+        matrix = _Matrix(
+            values=values.data_ptr(),
+            mask=_pointer(mask),
+            scale=_pointer(scale),
+            count=weights.stack,
+            rows=weights.rows,
+            columns=weights.columns,
+            kept=weights.columns // 2 if mask is None else values.shape[-1],
+            total=2 * each if weights.kind == "int4" else each,
+            values_step=each * values.element_size(),
+            mask_step=0 if mask is None else mask[0].numel(),
+            scale_step=0 if scale is None else scale[0].numel(),
+            starts_step=weights.rows + 1,
+            kind=_KIND_CODE[weights.kind],
+            layout=int(mask is None),
+        )
+        if mask is None or values.dim() == 3:
+            if mask is not None and weights.kind == "int4":
+                matrix.kept = _kept(mask)
+            return matrix, None
+        starts = weights.starts
+        if starts is None:
+            starts = torch.empty(weights.stack, weights.rows + 1, dtype=torch.int64)
+            _check(self._functions.moiety_starts(byref(matrix), _threads(), starts.data_ptr()))
+        matrix.starts = starts.data_ptr()
+        return matrix, starts
+
+
+def _kept(mask: Tensor) -> int:
+    """Kept values of the first row: two int4 share a byte, so their bytes do not tell."""
+    row = mask.reshape(-1, mask.shape[-1])[0]
+    return sum(int(byte).bit_count() for byte in row.tolist())
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def _check(status: int) -> None:
+    if status == _BAD_MASK:
+        raise InputError(
+            "expected a mask that keeps exactly the stored values, but it differs; "
+            "the packed weights are damaged"
+        )
+    if status == _NO_MEMORY:
+        raise MemoryError("no memory for the sparse kernels' intermediate results")
+    if status:
+        raise InputError("expected 2:4 matrices for tiles, but they are of another pattern")
+
+
+@functools.cache
+def library() -> Library | None:
+    """The library, or None where it was not built."""
+    return Library() if FILE.is_file() else None
+
+
+def description() -> str:
+    """One line that says which kernels work on the CPU."""
+    found = library()
+    if found is None:
+        return (
+            "PyTorch reference kernels (slow): the compiled ones are not built; "
+            "install a C++ compiler and moiety again"
+        )
+    return f"compiled kernels, {found.best.name.replace('_', '-')}"
