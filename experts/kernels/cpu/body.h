@@ -64,13 +64,22 @@ static void tiles_by_tokens(const Matrix &m, const uint8_t *const *tiles, int64_
 
 template <Kind kind, int V>
 static void rows_by_tokens(const Matrix &m, const Row *rows, const int64_t *at, int64_t count,
-                           int64_t column, const float *x, float *y) {
+                           int64_t column, int64_t some, const float *x, float *y) {
   for (int64_t r = 0; r < count; r++) {
     const Row &row = rows[r];
+    uint64_t words[MOST_WORDS];
+    for (int64_t w = 0; w < some; w++) words[w] = bits_at(row, column + 64 * w, m.columns);
     const float scale = IS_INTEGER[kind] ? bf16_value(row.scale[column / SCALE_COLUMNS]) : 1.0f;
-    row_step<kind, V>(row.values, at[r], bits_at(row, column, m.columns), scale, x,
-                      y + r * V * WIDTH);
+    row_step<kind, V>(row.values, at[r], words, some, scale, x, y + r * V * WIDTH);
   }
+}
+
+// Words of a row that are multiplied at once: more where a block of tokens is narrow, so that it
+// fits the L1 cache all the same. A scale covers two.
+static int64_t words_of(const Matrix &m, int64_t count) {
+  const int64_t vectors = (count + WIDTH - 1) / WIDTH;
+  const int64_t most = vectors <= 2 ? MOST_WORDS : vectors <= 4 ? 2 : 1;
+  return IS_INTEGER[m.kind] ? shorter(most, 2) : most;
 }
 
 #define FOR_VECTORS(vectors, ...)                                                           \
@@ -104,17 +113,20 @@ static bool many_tokens(const Matrix &m, int64_t which, int64_t row, int64_t row
   }
   const int64_t padded_count = (count + WIDTH - 1) / WIDTH * WIDTH;
   for (int64_t i = 0; i < room * padded_count; i++) y[i] = 0.0f;
-  for (int64_t column = 0; column < m.columns; column += STEP) {
+  const int64_t words = tiled ? STEP / 64 : words_of(m, count);
+  for (int64_t column = 0; column < m.columns; column += 64 * words) {
+    const int64_t left = (m.columns - column + 63) / 64, some = shorter(words, left);
     for (int64_t first = 0; first < count; first += BLOCK) {
       const int64_t vectors = (shorter(count - first, BLOCK) + WIDTH - 1) / WIDTH;
       const float *input = x + first * padded_columns + column * vectors * WIDTH;
       float *output = y + first * room;
       FOR_VECTORS(vectors, FOR_KIND(m.kind, if (tiled)
           tiles_by_tokens<K, V>(m, tiles, parts, column, input, output);
-          else rows_by_tokens<K, V>(m, found, at, parts, column, input, output)));
+          else rows_by_tokens<K, V>(m, found, at, parts, column, some, input, output)));
     }
     for (int64_t i = 0; i < (tiled ? 0 : parts); i++)
-      at[i] += __builtin_popcountll(bits_at(found[i], column, m.columns));
+      for (int64_t w = 0; w < some; w++)
+        at[i] += __builtin_popcountll(bits_at(found[i], column + 64 * w, m.columns));
   }
   return true;
 }

@@ -28,6 +28,32 @@ static constexpr Ranks all_ranks() {
 
 alignas(64) static constexpr Ranks RANKS = all_ranks();
 
+// For every byte of a mask its kept columns, one after the other.
+static constexpr Ranks all_columns() {
+  Ranks columns = {};
+  for (int bits = 0; bits < 256; bits++) {
+    int at = 0;
+    for (int column = 0; column < 8; column++)
+      if (bits >> column & 1) columns.of[bits][at++] = (uint8_t)column;
+  }
+  return columns;
+}
+
+alignas(64) static constexpr Ranks COLUMNS = all_columns();
+
+// The columns whose bits are set in some words of 64, in order; writes up to 8 more than it counts.
+static inline int64_t columns_of(const uint64_t *words, int64_t some, uint16_t *columns) {
+  int64_t count = 0;
+  for (int64_t byte = 0; byte < 8 * some; byte++) {
+    const unsigned bits = words[byte / 8] >> 8 * (byte % 8) & 255;
+    const __m128i places = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)COLUMNS.of[bits]));
+    const __m128i first = _mm_set1_epi16((short)(8 * byte));
+    _mm_storeu_si128((__m128i *)(columns + count), _mm_add_epi16(places, first));
+    count += __builtin_popcount(bits);
+  }
+  return count;
+}
+
 template <Kind kind>
 static inline Eight values8(const uint8_t *values, int64_t at) {
   if constexpr (kind == BF16) {

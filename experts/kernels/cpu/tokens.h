@@ -6,6 +6,7 @@
 
 static constexpr int64_t BLOCK = 8 * WIDTH < 64 ? 8 * WIDTH : 64;
 static constexpr int64_t STEP = 2 * CHUNK;
+static constexpr int64_t MOST_WORDS = 4;
 
 // The kept values of lane `r` of one group of a tile.
 template <Kind kind>
@@ -58,32 +59,41 @@ static void tile_step(const uint8_t *chunk, int64_t some, const uint8_t *scales,
   }
 }
 
-// Adds one row's product over the columns whose bits are set to `sums` (V vectors).
+// Adds one row's product over the columns whose bits are set in some words of 64 to `sums`.
 template <Kind kind, int V>
-static void row_step(const uint8_t *values, int64_t first, uint64_t bits, float scale,
-                     const float *x, float *sums) {
+static void row_step(const uint8_t *values, int64_t first, const uint64_t *words, int64_t some,
+                     float scale, const float *x, float *sums) {
   Vec sum[V];
   for (int j = 0; j < V; j++) sum[j] = load(sums + j * WIDTH);
+#if defined(MOIETY_EXPAND8)
   if constexpr (V <= 4) {
-    // Two at a time into two sums; an odd count's last partner is a value times 0, not a branch.
+    // With few vectors a mispredicted end of a loop costs as much as the products in it, so the
+    // columns of all words are listed before. Two sums, so that no product waits for the other.
+    uint16_t columns[MOST_WORDS * 64 + 8];
+    const int64_t count = columns_of(words, some, columns);
     Vec other[V] = {};
-    for (; bits; first += 2) {
-      const float *x0 = x + __builtin_ctzll(bits) * (V * WIDTH);
-      bits &= bits - 1;
-      const int more = bits != 0;
-      const float *x1 = x + __builtin_ctzll(bits | 1ull << 63) * (V * WIDTH);
-      bits &= bits - 1;
-      const Vec v0 = spread(value_at<kind>(values, first) * scale);
-      const Vec v1 = spread(value_at<kind>(values, first + more) * (more ? scale : 0.0f));
+    for (int64_t i = 0; i + 1 < count; i += 2) {
+      const Vec v0 = spread(value_at<kind>(values, first + i) * scale);
+      const Vec v1 = spread(value_at<kind>(values, first + i + 1) * scale);
+      const float *x0 = x + columns[i] * (V * WIDTH), *x1 = x + columns[i + 1] * (V * WIDTH);
       for (int j = 0; j < V; j++) sum[j] += v0 * load(x0 + j * WIDTH);
       for (int j = 0; j < V; j++) other[j] += v1 * load(x1 + j * WIDTH);
     }
-    for (int j = 0; j < V; j++) sum[j] += other[j];
+    if (count % 2) {
+      const Vec value = spread(value_at<kind>(values, first + count - 1) * scale);
+      const float *input = x + columns[count - 1] * (V * WIDTH);
+      for (int j = 0; j < V; j++) sum[j] += value * load(input + j * WIDTH);
+    }
+    for (int j = 0; j < V; j++) store(sums + j * WIDTH, sum[j] + other[j]);
+    return;
   }
-  for (; bits; bits &= bits - 1, first++) {
-    const Vec value = spread(value_at<kind>(values, first) * scale);
-    const float *input = x + __builtin_ctzll(bits) * (V * WIDTH);
-    for (int j = 0; j < V; j++) sum[j] += value * load(input + j * WIDTH);
+#endif
+  for (int64_t w = 0; w < some; w++, x += 64 * V * WIDTH) {
+    for (uint64_t bits = words[w]; bits; bits &= bits - 1, first++) {
+      const Vec value = spread(value_at<kind>(values, first) * scale);
+      const float *input = x + __builtin_ctzll(bits) * (V * WIDTH);
+      for (int j = 0; j < V; j++) sum[j] += value * load(input + j * WIDTH);
+    }
   }
   for (int j = 0; j < V; j++) store(sums + j * WIDTH, sum[j]);
 }
