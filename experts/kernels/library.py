@@ -161,25 +161,28 @@ class Library:
     def _matrix(self, weights: Weights) -> tuple[_Matrix, Tensor | None]:
         """The C structure, and what must stay alive as long as it."""
         values, mask, scale = weights.values, weights.mask, weights.scale
-        each = values[0].numel() if len(values) else 0
+        each = values.numel() // max(1, len(values))
+        if mask is None:
+            shape = (weights.stack, weights.rows, weights.columns)
+            return _of_tiles(values.data_ptr(), each, *shape, weights.kind), None
         matrix = _Matrix(
             values=values.data_ptr(),
-            mask=_pointer(mask),
+            mask=mask.data_ptr(),
             scale=_pointer(scale),
             count=weights.stack,
             rows=weights.rows,
             columns=weights.columns,
-            kept=weights.columns // 2 if mask is None else values.shape[-1],
+            kept=values.shape[-1],
             total=2 * each if weights.kind == "int4" else each,
             values_step=each * values.element_size(),
-            mask_step=0 if mask is None else mask[0].numel(),
+            mask_step=mask[0].numel(),
             scale_step=0 if scale is None else scale[0].numel(),
             starts_step=weights.rows + 1,
             kind=_KIND_CODE[weights.kind],
-            layout=int(mask is None),
+            layout=0,
         )
-        if mask is None or values.dim() == 3:
-            if mask is not None and weights.kind == "int4":
+        if values.dim() == 3:
+            if weights.kind == "int4":
                 matrix.kept = _kept(mask)
             return matrix, None
         starts = weights.starts
@@ -188,6 +191,22 @@ class Library:
             _check(self._functions.moiety_starts(byref(matrix), _threads(), starts.data_ptr()))
         matrix.starts = starts.data_ptr()
         return matrix, starts
+
+
+@functools.lru_cache(4096)
+def _of_tiles(data: int, each: int, stack: int, rows: int, columns: int, kind: str) -> _Matrix:
+    """The C structure of tiles, which only depends on these numbers."""
+    return _Matrix(
+        values=data,
+        count=stack,
+        rows=rows,
+        columns=columns,
+        kept=columns // 2,
+        total=each,
+        values_step=each,
+        kind=_KIND_CODE[kind],
+        layout=1,
+    )
 
 
 def _kept(mask: Tensor) -> int:

@@ -90,6 +90,8 @@ def _check_scale(kind: str, scale: Tensor | None, expected: tuple[int, ...]) -> 
 def contiguous(weights: Weights) -> Weights:
     """The same with every tensor contiguous, as the compiled kernels read them."""
     values, mask, scale, *_ = weights
+    if mask is None and values.is_contiguous():
+        return weights
     return weights._replace(
         values=values.contiguous(),
         mask=None if mask is None else mask.contiguous(),
