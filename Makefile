@@ -36,6 +36,7 @@ $(VENV)/.installed: $(VENV)/.python pyproject.toml setup.py constraints.txt $(wi
 	@echo "installing moiety and what it needs (a few minutes the first time)"
 	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@$(PIP) install -c constraints.txt -e .
+	@$(BIN)/python -c 'from moiety.experts import kernels; print(kernels.description())'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

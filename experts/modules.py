@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
+from transformers.integrations.moe import (
+    ExpertsInterface,
+    _default_apply_gate,
+    use_experts_implementation,
+)
 
 from moiety.errors import InputError
 from moiety.experts import kernels, packing
@@ -269,6 +273,7 @@ class SparseExperts(PackedModule):
         self, config: Any, stock: nn.Module, pattern: Pattern, values: str | None = None
     ) -> None:
         super().__init__(pattern, values)
+        check_gated(stock)
         gate_up, down = stock.get_parameter("gate_up_proj"), stock.get_parameter("down_proj")
         self.num_experts, rows, self.hidden_dim = gate_up.shape
         self.intermediate_dim = down.shape[-1]
@@ -296,6 +301,25 @@ class SparseExperts(PackedModule):
 
 
 use_experts_implementation(SparseExperts, experts_interface=SparseInterface())
+
+
+def check_gated(stock: nn.Module) -> None:
+    """Raise InputError unless a stock experts module computes `down(act(gate) ⊙ up)` and no more."""
+    strange = {
+        "biases": getattr(stock, "has_bias", False),
+        "transposed matrices": getattr(stock, "is_transposed", False),
+        "interleaved gates": not getattr(stock, "is_concatenated", True),
+        "no gate": not getattr(stock, "has_gate", True),
+        "a norm after each expert": getattr(stock, "has_post_expert_norm", False),
+        "a gate of its own": getattr(type(stock), "_apply_gate", _default_apply_gate)
+        is not _default_apply_gate,
+    }
+    found = [name for name, is_so in strange.items() if is_so]
+    if found:
+        raise InputError(
+            f"expected experts that are plain gated FFNs, but {type(stock).__name__} has "
+            f"{' and '.join(found)}; such experts cannot be packed yet"
+        )
 
 
 def check_fusable(pattern: Pattern, values: str | None, rows: int, in_features: int) -> None:

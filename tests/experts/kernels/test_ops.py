@@ -1,5 +1,6 @@
 """The sparse ops against dense PyTorch: values, gradients, odd sizes, refusals."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -258,3 +259,20 @@ def test_without_the_compiled_kernels_the_reference_takes_over(
     monkeypatch.setattr(layouts, "library", lambda: None)
     torch.testing.assert_close(kernels.sparse_experts(*arguments), expected)
     assert kernels.tiled(arguments[2]) is None
+
+
+def test_a_mapped_file_is_multiplied_where_it_lies(packs: Any, tmp_path: Path) -> None:
+    dense, packed = packs.packed(16, 64, "4:8", "fp32")
+    parts = {"values": packed.values, "mask": packed.mask_OB}
+    mapped = {}
+    for name, tensor in parts.items():
+        (tmp_path / name).write_bytes(tensor.numpy().tobytes())
+        size, dtype = tensor.numel(), tensor.dtype
+        flat = torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=dtype)
+        mapped[name] = flat.view(tensor.shape)
+    input = torch.randn(3, 64)
+    weights = kernels.packed(mapped["values"], mapped["mask"], 64)
+    torch.testing.assert_close(kernels.sparse_linear(input, weights), input @ dense.T)
+    with (tmp_path / "values").open("r+b") as file:
+        file.write(bytes(packed.values.numel() * 4))
+    assert not kernels.sparse_linear(input, weights).any()
