@@ -2,8 +2,8 @@
 
 A Mixtral of 1.5 billion random parameters as transformers holds it (bf16, as mergekit-moe would
 write it, and the same in fp32) against the same weights 2:4 through moiety: experts only, and
-experts and attention. Prefill of 512 tokens and decode of 64, batch 1 and 8, timed in turns in one
-process; load time and peak memory each in a process of its own.
+experts and attention. Prefill of 512 tokens in all and decode of 64 steps, batch 1 and 8, timed in
+turns in one process; load time and peak memory each in a process of its own.
 """
 
 import argparse
@@ -167,12 +167,12 @@ def speed_rows(folder: Path, prefill: int, decode: int, rounds: int) -> list[dic
     models = {variant: opened(folder, variant) for variant in VARIANTS}
     rows = []
     for batch in BATCHES:
-        ids = torch.randint(SHAPE["vocab_size"] // 100, (batch, prefill))
+        ids = torch.randint(SHAPE["vocab_size"] // 100, (batch, prefill // batch))
         seconds: dict[str, list[tuple[float, float]]] = {variant: [] for variant in models}
         for turn in range(rounds):
             for variant, model in models.items():
                 seconds[variant].append(timed(model, ids, decode if turn else 2))
-        for phase, place, tokens in (("prefill", 0, prefill), ("decode", 1, decode)):
+        for phase, place, tokens in (("prefill", 0, prefill // batch), ("decode", 1, decode)):
             later = {
                 variant: statistics.median(pair[place] for pair in pairs[1:])
                 for variant, pairs in seconds.items()
@@ -231,7 +231,7 @@ def run(quick: bool, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any],
 def main() -> None:
     """Run all, print the tables, write the JSON if asked."""
     parser = tables.parser("decode", __doc__)
-    parser.add_argument("--rounds", type=int, default=4, help="the first one warms up")
+    parser.add_argument("--rounds", type=int, default=3, help="the first one warms up")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.disable_progress_bar()

@@ -1,7 +1,7 @@
 """What pruning costs at home and away: every method, site and pattern on a recipe's finetunes.
 
     moiety demo
-    python -m experiments.pruning moiety-demo/recipe.yaml [--only table,values,...]
+    python -m experiments.pruning moiety-demo/recipe.yaml [--only table,values,...] [--match TEXT]
 
 Each cell prunes all finetunes of the recipe, each on its own domain's calibration text, and
 measures the loss of the result on every domain's held-out text. Cells already in the file are
@@ -25,8 +25,16 @@ from transformers.utils import logging
 from moiety.compose import Recipe
 from moiety.console import ConsoleProgress
 from moiety.errors import InputError
-from moiety.experts import BlockRecovery, Finetune, PruneReport, PruneSettings, prune_many
+from moiety.experts import (
+    BlockRecovery,
+    Finetune,
+    PruneReport,
+    PruneSettings,
+    prune_many,
+    recover,
+)
 from moiety.experts.delta import TaskVector
+from moiety.experts.recovery import DistillSettings
 from moiety.experts.unpack import dense_view
 from moiety.files import read_json, write_json
 from moiety.scoring import score
@@ -46,18 +54,33 @@ RECOVERED: dict[str, dict[str, Any]] = {
     "sparsegpt + refit + block recovery": {"method": "sparsegpt", "recovery": BlockRecovery()},
     "alps + refit + block recovery": {"method": "alps", "recovery": BlockRecovery()},
 }
+ALL_TEXT = 300
+"""More windows of 256 tokens than any of the demo's calibration texts has."""
+LONGER: dict[str, dict[str, Any]] = {
+    f"{method} + refit + block recovery on all text": {
+        "method": method,
+        "recovery": BlockRecovery(epochs=8),
+        "windows": ALL_TEXT,
+    }
+    for method in ("sparsegpt", "alps")
+}
 DENSITIES = ("0.7", "0.6", "0.5", "0.4", "0.3", "0.2", "0.1")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting of all four finetunes."""
+    """One setting of all four finetunes; `distil` steps of distillation after pruning.
+
+    Distillation sees the finetune's logits and hidden states and no next-token loss, so that it
+    cannot go past the finetune by learning more of the domain's text.
+    """
 
     group: str
     name: str
     settings: Mapping[str, Any]
     base: bool = False
     shared: bool = False
+    distil: int = 0
 
 
 def cells() -> Iterator[Cell]:
@@ -69,6 +92,10 @@ def cells() -> Iterator[Cell]:
     for sites in SITES:
         for name, how in RECOVERED.items():
             yield Cell("recovery", name, {**how, "sites": sites, "pattern": "2:4"})
+    for name, how in LONGER.items():
+        yield Cell("recovery", name, {**how, "sites": "all", "pattern": "2:4"})
+    settings = {"method": "sparsegpt", "sites": "all", "pattern": "2:4"}
+    yield Cell("recovery", "sparsegpt + refit + distillation", settings, distil=100)
     for values in ("bf16", "int8", "int4"):
         for pattern in ("2:4", "0.5"):
             settings = {"sites": "all", "pattern": pattern, "values": values}
@@ -82,7 +109,8 @@ def cells() -> Iterator[Cell]:
             yield Cell("collapse", name, {**how, "sites": "all", "pattern": density})
     for schedule in ((), ("0.6", "0.45"), ("0.7", "0.6", "0.5", "0.4")):
         settings = {"sites": "all", "pattern": "0.3", "schedule": schedule}
-        yield Cell("schedule", f"{len(schedule) + 1} rounds", settings)
+        name = f"in {len(schedule) + 1} rounds" if schedule else "in one go"
+        yield Cell("schedule", name, settings)
     for density in ("0.25", "0.5"):
         settings = {"sites": "all", "pattern": density}
         yield Cell("task vector", "the finetune's weights", settings)
@@ -94,9 +122,10 @@ def cells() -> Iterator[Cell]:
 
 @dataclass
 class Lab:
-    """A recipe's models and text."""
+    """A recipe's models and text, `held_out` windows a domain of it to measure on."""
 
     recipe: Recipe
+    held_out: int = HELD_OUT_WINDOWS
     windows: dict[str, Windows] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -106,9 +135,7 @@ class Lab:
                 raise InputError(f"expected held-out text for {expert.name}, but it has none")
             documents = read_documents(expert.domain.heldout)
             context = self.recipe.context_length
-            self.windows[expert.name] = token_windows(
-                tokenizer, documents, context, HELD_OUT_WINDOWS
-            )
+            self.windows[expert.name] = token_windows(tokenizer, documents, context, self.held_out)
 
     @property
     def finetunes(self) -> list[Finetune]:
@@ -141,13 +168,19 @@ class Lab:
         try:
             start = time.perf_counter()
             reports = self._prune(cell, settings, folder)
+            places = {
+                tune.name: self._recovered(tune, folder, cell.distil) for tune in self.finetunes
+            }
             seconds = time.perf_counter() - start
-            losses = {n: self.losses(_weights(folder / n, cell)) for n in self.recipe.names}
+            losses = {n: self.losses(_weights(place, cell)) for n, place in places.items()}
         finally:
             shutil.rmtree(folder)
         return {
             "group": cell.group,
             "name": cell.name,
+            "base": cell.base,
+            "shared": cell.shared,
+            "distil": cell.distil,
             "losses": losses,
             "error": statistics.mean(list(r.errors.values())[-1] for r in reports),
             "bytes": sum(report.packed_bytes for report in reports),
@@ -165,6 +198,21 @@ class Lab:
             shared_mask=base if cell.shared else None,
         )
         return list(reports.values())
+
+    def _recovered(self, tune: Finetune, folder: Path, steps: int) -> Path:
+        """Where a finetune's result is, after so many steps of distillation."""
+        if not steps:
+            return folder / tune.name
+        settings = DistillSettings(
+            cross_entropy=0.0,
+            steps=steps,
+            windows=ALL_TEXT,
+            context_length=self.recipe.context_length,
+            seed=self.recipe.seed,
+        )
+        out = folder / f"{tune.name}-distilled"
+        recover(folder / tune.name, tune.model, tune.data, out, "distill", settings)
+        return out
 
 
 def _weights(folder: Path, cell: Cell) -> Mapping[str, torch.Tensor]:
@@ -189,28 +237,48 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, default=Path("experiments/pruning.json"))
     parser.add_argument("--only", help="groups, comma-separated")
+    parser.add_argument("--match", help="only cells whose key holds one of these, comma-separated")
+    parser.add_argument("--held-out", type=int, default=HELD_OUT_WINDOWS, help="windows a domain")
     parser.add_argument("--part", default="1/1", help="which part of how many")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     progress = ConsoleProgress()
-    lab = Lab(Recipe.read(arguments.recipe))
-    results = read_json(arguments.out) if arguments.out.is_file() else {}
-    results.setdefault("cells", {})
-    results |= {
-        "seed": lab.recipe.seed,
-        "context_length": lab.recipe.context_length,
-        "calibration_windows": lab.recipe.calibration_windows,
-        "held_out_windows": HELD_OUT_WINDOWS,
-        "torch": torch.__version__,
-    }
-    if "controls" not in results:
-        results["controls"] = controls(lab)
+    lab = Lab(Recipe.read(arguments.recipe), arguments.held_out)
+    results = _started(lab, arguments.out)
     part, parts = map(int, arguments.part.split("/"))
-    wanted = [c for c in cells() if not arguments.only or c.group in arguments.only.split(",")]
+    wanted = [cell for cell in cells() if _is_wanted(cell, arguments.only, arguments.match)]
     wanted = [cell for cell in wanted[part - 1 :: parts] if key_of(cell) not in results["cells"]]
     for cell in progress.track(wanted, "cells", len(wanted)):
         results["cells"][key_of(cell)] = lab.run(cell) | {"settings": _plain(cell.settings)}
         write_json(arguments.out, results)
+
+
+def _started(lab: Lab, out: Path) -> dict[str, Any]:
+    """The results so far; InputError when they were measured in another way."""
+    how = {
+        "seed": lab.recipe.seed,
+        "context_length": lab.recipe.context_length,
+        "calibration_windows": lab.recipe.calibration_windows,
+        "held_out_windows": lab.held_out,
+        "torch": torch.__version__,
+    }
+    results = read_json(out) if out.is_file() else {"cells": {}, **how}
+    for name, value in how.items():
+        if results[name] != value:
+            raise InputError(
+                f"expected results of {name} {value} in {out}, but it has {results[name]}; "
+                "choose another --out"
+            )
+    if "controls" not in results:
+        results["controls"] = controls(lab)
+    return results
+
+
+def _is_wanted(cell: Cell, groups: str | None, texts: str | None) -> bool:
+    """Whether a cell is of one of the groups and its key holds one of the texts."""
+    key = key_of(cell)
+    in_groups = not groups or cell.group in groups.split(",")
+    return in_groups and (not texts or any(text in key for text in texts.split(",")))
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 python -m experiments.pruning_tables experiments/pruning.json > docs/pruning-results.md
 """
 
+import json
 import statistics
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,20 @@ from typing import Any
 from moiety.files import read_json
 
 Cells = Sequence[Mapping[str, Any]]
-INTRODUCTION = """# What pruning costs, measured
-
-The demo's finetunes ({names}), each calibrated on its own domain's text ({calibration} windows) and
-measured on held-out text of every domain ({windows} windows a domain, context {context}, seed {seed},
-torch {torch}). Losses are nats per token. Own domain: mean over the finetunes. Other domains: mean
-over all pairs of a finetune and another domain. Controls: base {base:.4f} on the same text; dense
-finetunes {home:.4f} at home, {away:.4f} away. Everything below is the difference to the dense
-finetunes; empty cells were not measured. These are models of 4 million parameters: the order of
-the methods carries over, the size of the gaps does not. To run it again: `moiety demo`, then
-`python -m experiments.pruning moiety-demo/recipe.yaml`, then
-`python -m experiments.pruning_tables experiments/pruning.json`."""
+WIDTH = 100
+DIFFERENT = ("base", "shared", "distil")
+HEADING = "# What pruning costs, measured"
+INTRODUCTION = """
+The demo's finetunes ({names}), each calibrated on its own domain's text ({calibration} windows
+unless a row says otherwise) and measured on held-out text of every domain ({windows} windows a
+domain, context {context}, seed {seed}, torch {torch}). Losses are nats per token. Own domain: mean
+over the finetunes. Other domains: mean over all pairs of a finetune and another domain. Controls:
+base {base:.4f} on the same text; dense finetunes {home:.4f} at home, {away:.4f} away. Everything
+below is the difference to the dense finetunes; empty cells were not measured. {repeated} These are
+models of 4 million parameters; large ones will have gaps of another size. To run it again:
+`moiety demo`, then `python -m experiments.pruning moiety-demo/recipe.yaml`, then
+`python -m experiments.pruning_tables experiments/pruning.json`.
+"""
 
 
 def own(losses: Mapping[str, Mapping[str, float]]) -> float:
@@ -33,6 +38,15 @@ def own(losses: Mapping[str, Mapping[str, float]]) -> float:
 def away(losses: Mapping[str, Mapping[str, float]]) -> float:
     """Mean over finetunes of the loss on the other domains."""
     return statistics.mean(losses[n][other] for n in losses for other in losses if other != n)
+
+
+def _paragraph(text: str, **values: object) -> str:
+    filled = " ".join(text.format(**values).split())
+    return textwrap.fill(filled, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def _spread(values: Sequence[float]) -> float:
+    return max(values) - min(values)
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -83,18 +97,17 @@ class Page:
         return markdown(["", *self.dense], rows)
 
     def simple(self, group: str, first: str = "name") -> str:
-        """One row a cell: gaps, bytes, seconds."""
+        """One row a cell: gaps and bytes."""
         rows = [
             [
                 cell["name"] if first == "name" else str(cell["settings"][first]),
                 cell["settings"]["pattern"],
                 *self.gaps(cell),
                 f"{cell['bytes'] / cell['dense_bytes']:.0%}",
-                f"{cell['seconds']:.0f}",
             ]
             for cell in self.group(group)
         ]
-        return markdown(["", "pattern", "own domain", "other domains", "bytes", "seconds"], rows)
+        return markdown(["", "pattern", "own domain", "other domains", "bytes"], rows)
 
     def collapse(self) -> str:
         """Own-domain loss above dense by share removed."""
@@ -106,6 +119,24 @@ class Page:
             for density in dict.fromkeys(cell["settings"]["pattern"] for cell in cells)
         ]
         return markdown(["removed", *names], rows)
+
+    def repeated(self) -> str:
+        """How far results of the same settings lie apart, where some were measured again."""
+        found: dict[str, list[Mapping[str, Mapping[str, float]]]] = {}
+        for cell in self.cells:
+            settings = {"method": "sparsegpt", "values": "bf16", "schedule": [], **cell["settings"]}
+            how = [sorted(settings.items()), *(cell.get(name) or 0 for name in DIFFERENT)]
+            found.setdefault(json.dumps(how), []).append(cell["losses"])
+        again = [losses for losses in found.values() if len(losses) > 1]
+        if not again:
+            return ""
+        mean = max(_spread([own(one) for one in losses]) for losses in again)
+        single = max(_spread([one[d][d] for one in losses]) for losses in again for d in self.dense)
+        return (
+            f"{len(again)} settings were measured more than once, in runs that did not round alike "
+            "(another number of threads does that): results at home differ by up to "
+            f"{mean:.4f}, a single finetune's by up to {single:.4f}; smaller gaps mean nothing."
+        )
 
     def sections(self) -> Iterator[tuple[str, str, str]]:
         """Group, heading and table of everything that was measured besides the methods."""
@@ -120,14 +151,20 @@ class Page:
             self.collapse(),
         )
         yield "schedule", "In one go or in rounds (all linear layers)", self.simple("schedule")
-        yield "task vector", "The weights or the task vector", self.simple("task vector")
+        yield (
+            "task vector",
+            "The weights or the task vector (bytes without the base)",
+            self.simple("task vector"),
+        )
         yield "shared mask", "A mask for each finetune, or one for all", self.simple("shared mask")
 
     def text(self) -> str:
         """The whole page."""
         base, results = self.results["controls"]["base"], self.results
         parts = [
-            INTRODUCTION.format(
+            HEADING,
+            _paragraph(
+                INTRODUCTION,
                 names=", ".join(self.dense),
                 calibration=results["calibration_windows"],
                 windows=results["held_out_windows"],
@@ -137,6 +174,7 @@ class Page:
                 base=statistics.mean(base.values()),
                 home=own(self.dense),
                 away=away(self.dense),
+                repeated=self.repeated(),
             ),
             "## Methods (own domain / other domains)",
             f"FFN matrices only:\n\n{self.methods('ffn')}",

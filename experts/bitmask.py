@@ -41,6 +41,11 @@ class OldCheckpoint:
     def __init__(self, model: str | Path) -> None:
         self.raw = Checkpoint(model)
         self.fields: dict[str, Any] = read_json(self.raw.folder / "config.json")
+        if not isinstance(self.fields, dict):
+            raise InputError(
+                f"expected a model's fields in {self.raw.folder / 'config.json'}, but it holds "
+                f"{type(self.fields).__name__}; the file is damaged"
+            )
         self.format = sparsity_format(self.fields)
         self.headers = self.raw.shapes()
         stems = [n.removesuffix(".compressed") for n in self.raw if n.endswith(".compressed")]
@@ -117,7 +122,10 @@ def sparsity_format(fields: Mapping[str, Any]) -> str:
     stated = section.get(SPARSITY) or {}
     quantised = section.get("format") if sections else None
     if section.get("quant_method") == "moiety":
-        raise InputError("expected an old sparse checkpoint, but this one is packed by moiety")
+        raise InputError(
+            "expected an old sparse checkpoint, but this one is packed by moiety; it opens as it "
+            "is, through AutoModelForCausalLM after `import moiety`"
+        )
     if section.get("config_groups") or quantised not in (None, "dense", *PARTS):
         raise InputError(
             f"expected a sparse checkpoint with whole weights, but this one is also quantised "
@@ -132,7 +140,8 @@ def sparsity_format(fields: Mapping[str, Any]) -> str:
     if stated.get("format") not in PARTS:
         raise InputError(
             f"expected a sparsity_config of format {' or '.join(PARTS)} in config.json, "
-            f"but it has {stated.get('format') or 'none'}"
+            f"but it has {stated.get('format') or 'none'}; a dense model is made sparse by "
+            "moiety prune"
         )
     return stated["format"]
 

@@ -7,17 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moiety.errors import InputError
-from moiety.experts.calibrate import BlockBatch, GramCollector, advance, linears_of
+from moiety.experts.calibrate import (
+    BlockBatch,
+    GramCollector,
+    advance,
+    advance_dense,
+    linears_of,
+)
 from moiety.experts.kernels.reference import unpack_bits
 from moiety.experts.matrix import Matrix, MatrixReport
 from moiety.experts.methods import outlier_share, owl_densities
 from moiety.experts.packing import Packed
 from moiety.experts.pattern import Pattern
-from moiety.experts.recovery.block import reconstruct
+from moiety.experts.recovery.block import BLOCK, MODEL, reconstruct
 from moiety.experts.settings import PruneSettings
 from moiety.experts.stream import StreamedModel
 from moiety.progress import SILENT, Progress
+from moiety.text import Windows
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class BlockPruner:
 
     `patterns` has one pattern a block. `base`, if given, holds dense weights by name and what is
     pruned is the difference to them. `masks`, if given, is a packed checkpoint whose masks are
-    taken over.
+    taken over. That both fit is checked before (`preflight.check_matrices`).
     """
 
     stream: StreamedModel
@@ -61,20 +67,33 @@ class BlockPruner:
     masks: Mapping[str, Tensor] | None = None
     progress: Progress = SILENT
 
+    @property
+    def _target(self) -> str | None:
+        return None if self.settings.recovery is None else self.settings.recovery.target
+
+    def capture(self, windows: Windows) -> list[BlockBatch]:
+        """The first block's batches, with the unpruned model's hidden states if they are wanted."""
+        batches = self.stream.capture(windows, self.settings.batch_size)
+        if self._target == MODEL:
+            for batch in batches:
+                batch.dense_WCD = batch.hidden_WCD
+        return batches
+
     def prune(self, index: int, batches: list[BlockBatch]) -> BlockResult:
         """Prune block `index`; the batches' hidden states go on to the next one."""
         self.stream.enter(index, batches)
         with self.stream.block(index) as block:
             linears = linears_of(block, self.settings.sites)
-            outputs: list[Tensor] | None = None if self.settings.recovery is None else []
+            outputs: list[Tensor] | None = [] if self._target == BLOCK else None
             grams = GramCollector(linears).run(block, batches, outputs)
+            targets = advance_dense(block, batches) if outputs is None else outputs
             matrices = {
                 name: self._pruned(index, name, linears[name], grams[name])
                 for name in self.progress.track(linears, f"block {index}: matrices")
             }
             recovery = None
-            if outputs is not None:
-                recovery = self._recovered(block, batches, outputs, matrices)
+            if self.settings.recovery is not None:
+                recovery = self._recovered(block, batches, targets, matrices)
             result = self._stored(index, linears, matrices, recovery)
             advance(block, batches)
         return result
@@ -83,6 +102,7 @@ class BlockPruner:
         """Run the batches through a block that was pruned before."""
         self.stream.enter(index, batches)
         with self.stream.block(index) as block:
+            advance_dense(block, batches)
             for row in result.matrices:
                 linear = block.get_submodule(row.name.removeprefix(self.stream.name(index, "")))
                 assert isinstance(linear, nn.Linear)
@@ -93,36 +113,31 @@ class BlockPruner:
         full_name = self.stream.name(index, name)
         weight_OI = linear.weight.detach().clone()
         if self.base is not None:
-            weight_OI -= self._of_base(full_name, weight_OI)
+            weight_OI -= self._of_base(full_name)
         matrix = Matrix(full_name, weight_OI, gram_II, self.patterns[index])
-        matrix.prune(self.settings, self._mask(full_name, weight_OI))
+        matrix.prune(self.settings, self._mask(full_name, linear.in_features))
         linear.weight.copy_(matrix.pruned_OI)
         return matrix
 
-    def _of_base(self, name: str, weight_OI: Tensor) -> Tensor:
+    def _of_base(self, name: str) -> Tensor:
         assert self.base is not None
-        base_OI = self.base[f"{name}.weight"]
-        _check_shape(f"the base's {name}.weight", base_OI, weight_OI.shape)
-        return base_OI.float()
+        return self.base[f"{name}.weight"].float()
 
-    def _mask(self, name: str, weight_OI: Tensor) -> Tensor | None:
+    def _mask(self, name: str, columns: int) -> Tensor | None:
         if self.masks is None:
             return None
-        bits_OB = self.masks[f"{name}.weight_mask"]
-        rows, columns = weight_OI.shape
-        _check_shape(f"the given mask of {name}.weight", bits_OB, (rows, -(-columns // 8)))
-        return unpack_bits(bits_OB, columns)
+        return unpack_bits(self.masks[f"{name}.weight_mask"], columns)
 
     def _recovered(
         self,
         block: nn.Module,
         batches: list[BlockBatch],
-        outputs: list[Tensor],
+        targets: list[Tensor],
         matrices: Mapping[str, Matrix],
     ) -> dict[str, Any]:
         assert self.settings.recovery is not None
         masks = {name: matrix.mask_OI for name, matrix in matrices.items()}
-        report = reconstruct(block, batches, outputs, masks, self.settings.recovery)
+        report = reconstruct(block, batches, targets, masks, self.settings.recovery)
         for name, matrix in matrices.items():
             matrix.recovered(block.get_submodule(name).get_parameter("weight").detach())
         return asdict(report)
@@ -147,16 +162,8 @@ class BlockPruner:
     def _install(self, name: str, linear: nn.Linear, packed: Packed) -> None:
         weight_OI = packed.dense().float()
         if self.base is not None:
-            weight_OI += self._of_base(name, weight_OI)
+            weight_OI += self._of_base(name)
         linear.weight.copy_(weight_OI)
-
-
-def _check_shape(what: str, tensor: Tensor, expected: Sequence[int]) -> None:
-    if tuple(tensor.shape) != tuple(expected):
-        raise InputError(
-            f"expected {what} to have shape {tuple(expected)}, but it has {tuple(tensor.shape)}; "
-            "it is from another architecture"
-        )
 
 
 def allocate(

@@ -16,16 +16,22 @@ from moiety.experts.sites import at_sites
 
 @dataclass
 class BlockBatch:
-    """One batch on its way through the blocks: hidden states, the other arguments, the mask."""
+    """One batch on its way through the blocks: hidden states, the other arguments, the mask.
+
+    `hidden_WCD` is what the pruned blocks put out, `dense_WCD`, where it is wanted, what the
+    unpruned ones do.
+    """
 
     hidden_WCD: Tensor
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     mask_WC: Tensor
+    dense_WCD: Tensor | None = None
 
-    def run(self, block: nn.Module) -> Tensor:
-        """The block's output hidden states, in fp32."""
-        output = block(self.hidden_WCD.float(), *self.arguments, **self.keywords)
+    def run(self, block: nn.Module, hidden_WCD: Tensor | None = None) -> Tensor:
+        """The block's output hidden states, in fp32; fed others than the batch's own if given."""
+        hidden_WCD = self.hidden_WCD if hidden_WCD is None else hidden_WCD
+        output = block(hidden_WCD.float(), *self.arguments, **self.keywords)
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -111,3 +117,17 @@ def advance(block: nn.Module, batches: Sequence[BlockBatch]) -> None:
     """Replace each batch's hidden states by the block's output, so the next block can follow."""
     for batch in batches:
         batch.hidden_WCD = batch.run(block).to(batch.hidden_WCD.dtype)
+
+
+@torch.no_grad()
+def advance_dense(block: nn.Module, batches: Sequence[BlockBatch]) -> list[Tensor]:
+    """Send the unpruned model's hidden states through the block while it is still unpruned.
+
+    Gives what they become, (W, C, D) for each batch that has them, in the dtype they came in.
+    """
+    outputs: list[Tensor] = []
+    for batch in batches:
+        if batch.dense_WCD is not None:
+            batch.dense_WCD = batch.run(block, batch.dense_WCD).to(batch.dense_WCD.dtype)
+            outputs.append(batch.dense_WCD)
+    return outputs

@@ -8,6 +8,8 @@ from pathlib import Path
 from accelerate import PartialState
 
 from moiety.errors import InputError
+from moiety.experts.checkpoint import local_folder
+from moiety.experts.preflight import check_combination, check_same_shape
 from moiety.experts.prune import PruneReport, prune, read_report
 from moiety.experts.settings import PruneSettings
 from moiety.progress import SILENT, Progress
@@ -52,10 +54,13 @@ def prune_many(
     """
     settings, out = settings or PruneSettings(), Path(out)
     names = [tune.name for tune in finetunes]
-    if len(set(names)) != len(names) or SHARED_MASK in names or not all(names):
-        raise InputError(f"expected different names, none {SHARED_MASK}, but they are {names}")
+    _check_names(names)
     if shared_mask is not None and masks is not None:
-        raise InputError("expected masks or a base to choose a shared mask on, not both")
+        raise InputError(
+            "expected masks or a base to choose a shared mask on, not both; leave one of them out"
+        )
+    check_combination(settings, base, shared_mask or masks)
+    _check_inputs(finetunes, shared_mask)
     state = PartialState(cpu=True)
     if shared_mask is not None:
         masks = out / SHARED_MASK
@@ -71,3 +76,23 @@ def prune_many(
         prune(tune.model, folder, data, settings, progress, base=base, masks=masks, reuse=True)
     state.wait_for_everyone()
     return {name: read_report(out / name) for name in names}
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if len(set(names)) != len(names) or SHARED_MASK in names:
+        raise InputError(f"expected different names, none {SHARED_MASK}, but they are {names}")
+    for name in names:
+        if name in ("", "..") or Path(name).name != name:
+            raise InputError(
+                f"expected names that can be folders in the output folder, but one is {name!r}; "
+                "use letters, digits, dots and dashes"
+            )
+
+
+def _check_inputs(finetunes: Sequence[Finetune], shared_mask: str | Path | None) -> None:
+    """Refuse what only a later finetune would show: no model, no text, another architecture."""
+    for tune in finetunes:
+        local_folder(tune.model)
+        tune.documents()
+        if shared_mask is not None:
+            check_same_shape(shared_mask, tune.model)

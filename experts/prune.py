@@ -7,16 +7,20 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from moiety.errors import InputError, OutputError
 from moiety.experts.blocks import BlockPruner, BlockResult, allocate
-from moiety.experts.calibrate import linears_of
 from moiety.experts.companions import copy_companions
 from moiety.experts.delta import base_of, mark_task_vector
 from moiety.experts.journal import Journal, fingerprint
 from moiety.experts.matrix import MatrixReport
 from moiety.experts.pattern import Pattern
+from moiety.experts.preflight import (
+    check_base,
+    check_combination,
+    check_matrices,
+    check_vocabulary,
+    load_tokenizer,
+)
 from moiety.experts.recovery.block import BlockRecovery
 from moiety.experts.settings import PruneSettings
 from moiety.experts.shards import write_weights
@@ -87,7 +91,7 @@ def prune(
     finished = reuse and (out / REPORT).is_file()
     if not finished:
         check_new_folder(out)
-    _check_combination(settings, base, masks)
+    check_combination(settings, base, masks)
     run = _Run(model, data, settings, progress, work, base=base, masks=masks)
     plan = run.plan()
     if finished:
@@ -103,7 +107,9 @@ def prune(
         rounds.append(folder)
         model = folder
     if rounds:
+        dense_bytes = run.dense_bytes
         run = _Run(model, data, settings, progress, work)
+        run.dense_bytes = dense_bytes
     report = run.into(out, digest(plan), [_figures_of_round(folder) for folder in rounds])
     for folder in rounds:
         shutil.rmtree(folder)
@@ -127,7 +133,7 @@ def read_report(folder: str | Path) -> PruneReport:
     values = read_json(Path(folder) / REPORT)
     settings = values["settings"]
     if settings["recovery"] is not None:
-        settings["recovery"] = BlockRecovery(**settings["recovery"])
+        settings["recovery"] = BlockRecovery.read(settings["recovery"])
     settings["schedule"] = tuple(settings["schedule"])
     matrices = [MatrixReport.read(row) for row in values["matrices"]]
     del values["plan"]
@@ -137,22 +143,6 @@ def read_report(folder: str | Path) -> PruneReport:
 def _figures_of_round(folder: Path) -> dict[str, Any]:
     report = read_json(folder / REPORT)
     return {"pattern": report["settings"]["pattern"], "errors": report["errors"]}
-
-
-def _check_combination(settings: PruneSettings, base: Any, masks: Any) -> None:
-    for name, given in (("base", base), ("masks", masks)):
-        if given is not None and settings.schedule:
-            raise InputError(f"expected a schedule or {name}, not both; leave one of them out")
-    if base is not None and settings.recovery is not None:
-        raise InputError(
-            "expected recovery to train whole weights, but with a base only task vectors are "
-            "stored; prune without recovery"
-        )
-    if masks is not None and settings.allocation != "uniform":
-        raise InputError(
-            f"expected allocation uniform with given masks, but it is {settings.allocation}; "
-            "the masks already fix the density of every block"
-        )
 
 
 class _Run:
@@ -177,45 +167,17 @@ class _Run:
                 f"expected whole weights in {model}, but it is a task vector; export it dense first"
             )
         self.base = None if base is None else dense_view(resolve(base, work / "merged"))
+        if self.base is not None:
+            check_base(self.view, self.base)
         self.masks = None if masks is None else dense_view(masks)
-        tokenizer = AutoTokenizer.from_pretrained(self.view.folder)
+        tokenizer = load_tokenizer(self.view.folder)
         self.windows = packed_windows(
             tokenizer, documents, settings.context_length, settings.windows
         )
+        self.dense_bytes = stored_bytes(self.view.raw)
         self.stream = StreamedModel(self.view.raw.config, self.view)
-        self._check_matrices()
-
-    def _check_matrices(self) -> None:
-        """Refuse what would fail in some later block, from shapes alone."""
-        pattern, found = Pattern.parse(self.settings.pattern), False
-        for index, block in enumerate(self.stream.blocks):
-            for module, linear in linears_of(block, self.settings.sites).items():
-                found, name = True, self.stream.name(index, module)
-                try:
-                    pattern.check_width(linear.in_features)
-                except InputError as error:
-                    raise InputError(f"{name}: {error}") from error
-                self._check_sources(f"{name}.weight", pattern)
-        if not found:
-            raise InputError(
-                f"expected linear layers at sites {self.settings.sites} in the blocks of "
-                f"{type(self.stream.model).__name__}, but there are none"
-            )
-
-    def _check_sources(self, name: str, pattern: Pattern) -> None:
-        """Whether a weight is in the base, and its mask, of the same pattern, in `masks`."""
-        if self.masks is not None and self.masks.packed.get(name) != pattern:
-            other = self.masks.packed.get(name)
-            raise InputError(
-                f"expected a mask for {name} of pattern {pattern} in {self.masks.folder}, "
-                f"but it has {'none' if other is None else f'one of {other}'}; "
-                "prune it at the same sites and with the same pattern"
-            )
-        if self.base is not None and name not in self.base:
-            raise InputError(
-                f"expected {name} in the base {self.base.folder}, but it has none; "
-                "is it the model that was finetuned?"
-            )
+        check_vocabulary(self.windows, self.view.config, self.view.folder)
+        check_matrices(self.stream, settings, self.base, self.masks)
 
     def into(self, out: Path, plan: str, rounds: Sequence[dict[str, Any]] = ()) -> PruneReport:
         """Prune every block that is not done yet and write the model to `out`."""
@@ -225,9 +187,9 @@ class _Run:
         if resumed:
             self.progress.note(f"{resumed} of {len(blocks)} blocks are already pruned")
         patterns = self._patterns(journal)
-        batches = stream.capture(self.windows, self.settings.batch_size)
         masks = None if self.masks is None else self.masks.raw
         pruner = BlockPruner(stream, self.settings, patterns, self.base, masks, self.progress)
+        batches = pruner.capture(self.windows)
         results: list[BlockResult] = []
         for index in self.progress.track(blocks, "prune blocks", len(blocks)):
             if journal.finished(index):
@@ -285,7 +247,7 @@ class _Run:
             report = PruneReport(
                 settings=self.settings,
                 calibration_tokens=int(self.windows.mask_WC.sum()),
-                dense_bytes=stored_bytes(self.view.raw),
+                dense_bytes=self.dense_bytes,
                 packed_bytes=packed_bytes,
                 errors=_means([matrix.errors for matrix in matrices]),
                 matrices=matrices,

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from moiety.errors import InputError
 from moiety.experts.calibrate import BlockBatch, GramCollector, advance
 from moiety.experts.companions import copy_companions
 from moiety.experts.ffn import FeedForward, find_ffn, width_field
 from moiety.experts.neurons import column_error, keep_neurons, refit_columns
+from moiety.experts.preflight import check_vocabulary, load_tokenizer
 from moiety.experts.shards import write_weights
 from moiety.experts.stream import StreamedModel
 from moiety.experts.unpack import DenseView, dense_view
@@ -127,8 +128,9 @@ def prune_width(
             f"expected a dense model, but {view.folder} is packed; prune the width of the dense "
             "one first and remove weights after"
         )
-    tokenizer = AutoTokenizer.from_pretrained(view.folder)
+    tokenizer = load_tokenizer(view.folder)
     windows = token_windows(tokenizer, documents, settings.context_length, settings.windows)
+    check_vocabulary(windows, view.config, view.folder)
     pruner = _WidthPruner(view, settings)
     with new_folder(out) as scratch:
         write_weights(scratch, pruner.tensors(windows, progress))
@@ -147,6 +149,11 @@ class _WidthPruner:
         self.field = width_field(view.config)
         self.before: int = getattr(view.config.get_text_config(), self.field)
         self.after = settings.kept(self.before)
+        if self.after == self.before and settings.keep < 1:
+            raise InputError(
+                f"expected fewer than {self.before} neurons to stay, but {settings.keep:g} of them, "
+                f"rounded to a multiple of {settings.multiple}, is all; lower keep or multiple"
+            )
         self.stream = StreamedModel(view.config, view)
         self.ffns = [
             find_ffn(block, self.before, self.stream.name(index, "").rstrip("."))

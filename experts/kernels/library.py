@@ -183,7 +183,7 @@ class Library:
         )
         if values.dim() == 3:
             if weights.kind == "int4":
-                matrix.kept = _kept(mask)
+                matrix.kept = _kept(mask, values.shape[-1])
             return matrix, None
         starts = weights.starts
         if starts is None:
@@ -209,10 +209,12 @@ def _of_tiles(data: int, each: int, stack: int, rows: int, columns: int, kind: s
     )
 
 
-def _kept(mask: Tensor) -> int:
+def _kept(mask: Tensor, row_bytes: int) -> int:
     """Kept values of the first row: two int4 share a byte, so their bytes do not tell."""
     row = mask.reshape(-1, mask.shape[-1])[0]
-    return sum(int(byte).bit_count() for byte in row.tolist())
+    kept = sum(int(byte).bit_count() for byte in row.tolist())
+    _check(_BAD_MASK if -(-kept // 2) != row_bytes else 0)
+    return kept
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

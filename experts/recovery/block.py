@@ -1,4 +1,4 @@
-"""Block recovery: train one decoder block's kept weights towards the dense block's outputs.
+"""Block recovery: train one decoder block's kept weights towards the dense hidden states.
 
 Local reconstruction (arXiv:2510.14444): a block has attention and norms between its matrices, so
 training them together mends what no refit of one matrix can. W windows of a batch, C context
@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from moiety.experts.recovery.schedule import rate_share
 
 BETAS = (0.9, 0.99)
 TINY = 1e-12
+MODEL, BLOCK = "model", "block"
+TARGETS = (MODEL, BLOCK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +32,27 @@ class BlockRecovery:
     Adam takes one step a batch of windows, `epochs` times over all batches but the `held_back`
     share of them that chooses the best epoch. `rate` is a share of each matrix's
     root-mean-square kept value; it warms up over a twentieth of the steps and falls to 0 by a
-    cosine. `seed` orders the batches.
+    cosine. `seed` orders the batches. `target` is what a block is trained towards: `model`, the
+    hidden states of the unpruned model, so that each block also mends what those before it left
+    behind, or `block`, what the unpruned block puts out on the pruned blocks' hidden states.
+    Either holds a second set of hidden states, in the dtype of the first; `block` drops it after
+    each block.
     """
 
     epochs: int = 16
     rate: float = 0.02
     held_back: float = 0.2
     seed: int = 0
+    target: str = MODEL
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> "BlockRecovery":
+        """From its JSON form; where that names no target, `block` was the only one."""
+        return cls(**{"target": BLOCK, **values})
 
     def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise InputError(f"target must be one of {', '.join(TARGETS)}, not {self.target!r}")
         if self.epochs < 1:
             raise InputError(f"epochs must be at least 1, but it is {self.epochs}")
         if not 0 < self.rate < 1:
@@ -73,8 +88,8 @@ def reconstruct(
 ) -> BlockReport:
     """Train `block.get_submodule(name).weight` where `masks[name]` (O, I) is True, in place.
 
-    `targets` are what the block should put out for each batch (W, C, D): what it put out before
-    it was pruned. Every token counts the same, whatever its size, because the next block's norm
+    `targets` are what the block should put out for each batch (W, C, D): see
+    `BlockRecovery.target`. Every token counts the same, whatever its size, because the next block's norm
     takes its size away. Weights outside a mask stay as they are and the error on the held-back
     windows never gets worse; other parameters, `requires_grad` flags and gradients are left
     alone. The same inputs give the same weights. Raises InputError for masks or targets of

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from moiety.errors import InputError
+from moiety.experts.preflight import check_vocabulary
 from moiety.experts.recovery.settings import RecoveryReport, RecoverySettings
 from moiety.experts.recovery.student import Student, open_student, write_report
 from moiety.experts.recovery.teacher import check_teacher, open_teacher
@@ -98,6 +99,7 @@ def open_session(
     student = open_student(sparse)
     folder = check_teacher(teacher, student)
     windows = token_windows(student.tokenizer, documents, settings.context_length, settings.windows)
+    check_vocabulary(windows, student.network.config, student.folder)
     training, held = windows.hold_back(settings.held_every)
     if not len(training) or not len(held):
         raise InputError(

@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moiety.errors import InputError
 from moiety.experts import packing
 from moiety.experts.architecture import Architecture
 from moiety.experts.companions import copy_companions
+from moiety.experts.delta import base_of
 from moiety.experts.kernels.reference import unpack_bits
 from moiety.experts.pattern import Pattern
+from moiety.experts.preflight import load_tokenizer
 from moiety.experts.shards import write_weights
 from moiety.experts.unpack import DenseView, dense_view
 from moiety.files import write_json
@@ -101,6 +103,11 @@ def open_student(sparse: str | Path) -> Student:
     Raises InputError when it is dense, holds integer values, is a composite, or is incomplete.
     """
     view = dense_view(sparse)
+    if base_of(view.config) is not None:
+        raise InputError(
+            f"expected whole weights in {view.raw.folder}, but it is a task vector; prune the "
+            "finetune itself to recover it"
+        )
     if view.packing is None or not view.packed:
         raise InputError(
             f"expected a packed model in {view.raw.folder}, but it is dense; prune it first"
@@ -113,7 +120,7 @@ def open_student(sparse: str | Path) -> Student:
         )
     network = _dense_network(view)
     matrices = {module: matrix for module, matrix in _matrices(view, network)}
-    return Student(view, network, AutoTokenizer.from_pretrained(view.raw.folder), matrices)
+    return Student(view, network, load_tokenizer(view.raw.folder), matrices)
 
 
 def _matrices(view: DenseView, network: PreTrainedModel) -> Iterator[tuple[str, Matrix]]:

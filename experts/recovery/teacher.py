@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from moiety.errors import InputError
 from moiety.experts.checkpoint import Checkpoint
+from moiety.experts.preflight import load_tokenizer
 from moiety.experts.quantizer import PackedConfig
 from moiety.experts.recovery.student import Student
 
@@ -30,7 +31,7 @@ def check_teacher(teacher: str | Path, student: Student) -> Path:
                 f"expected a teacher with {name} {own}, as the pruned model has, "
                 f"but it is {other}; give the model that was pruned"
             )
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.folder)
     if tokenizer.get_vocab() != student.tokenizer.get_vocab():
         raise InputError(
             f"expected the teacher in {checkpoint.folder} to have the pruned model's tokenizer, "

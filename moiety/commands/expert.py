@@ -63,6 +63,8 @@ def prune(
     """A finetune, or several, to packed sparse models; goes on where it was interrupted."""
     from moiety.experts import BlockRecovery, PruneSettings
 
+    if best and method not in ("sparsegpt", "alps"):
+        raise InputError(f"expected --best or --method {method}, not both; leave one of them out")
     settings: dict[str, Any] = {
         "pattern": pattern,
         "sites": sites,
@@ -107,6 +109,12 @@ def _prune(
         report = prune_one(models[0], out, data[0], settings, progress, base=base, masks=masks)
         show(report.to_dict(), [pruning_table(str(out), report)], as_json)
         return
+    unnamed = next((model for model in models if not _is_named(model)), None)
+    if unnamed is not None:
+        raise InputError(
+            f"expected NAME=MODEL for each of several finetunes, but one is {unnamed!r}; "
+            "give each a name, and its text as --data NAME=FILE"
+        )
     named, texts = pairs(list(models), "MODEL"), pairs(list(data))
     if named.keys() != texts.keys():
         raise InputError(f"expected --data for {', '.join(named)}, but it names {', '.join(texts)}")

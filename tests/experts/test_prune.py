@@ -302,6 +302,8 @@ def test_rounds_are_reported(world: Any, tmp_path: Path) -> None:
     report = prune(world.finetunes["letters"], tmp_path / "out", text, settings)
     assert [row["pattern"] for row in report.rounds] == ["0.8", "0.6"]
     assert report.rounds[0]["errors"]["refit"] < report.rounds[1]["errors"]["refit"]
+    dense = Checkpoint(world.finetunes["letters"])
+    assert report.dense_bytes == sum(tensor.nbytes for tensor in dense.values())
 
 
 def test_what_does_not_go_together_is_refused(world: Any, pruned: Path, tmp_path: Path) -> None:

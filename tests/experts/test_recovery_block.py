@@ -155,7 +155,8 @@ def test_one_batch_and_no_mask_are_enough() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("epochs", 0), ("rate", 0.0), ("held_back", 1.0), ("seed", -1)]
+    ("field", "value"),
+    [("epochs", 0), ("rate", 0.0), ("held_back", 1.0), ("seed", -1), ("target", "dense")],
 )
 def test_settings_name_the_field(field: str, value: Any) -> None:
     with pytest.raises(InputError, match=field):

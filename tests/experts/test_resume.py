@@ -18,7 +18,7 @@ SETTINGS = {"sites": "all", "context_length": 32, "windows": 8, "batch_size": 3}
 
 CHILD = """
 import json, os, signal, sys
-from moiety.experts import PruneSettings, prune
+from moiety.experts import BlockRecovery, PruneSettings, prune
 from moiety.progress import Silent
 
 class Deadly(Silent):
@@ -33,6 +33,8 @@ class Deadly(Silent):
 model, out, text = sys.argv[1:4]
 settings = json.loads(sys.argv[4])
 settings["schedule"] = tuple(settings.get("schedule", ()))
+if "recovery" in settings:
+    settings["recovery"] = BlockRecovery(**settings["recovery"])
 prune(model, out, text, PruneSettings(**settings), Deadly())
 """
 
@@ -80,6 +82,16 @@ def test_killed_and_started_again_gives_the_same_bytes(
     assert run_child(world, out, 0) == 0
     assert contents(out) == whole
     assert not work.exists()
+
+
+def test_recovery_goes_on_too(world: Any, tmp_path: Path) -> None:
+    settings = {"recovery": {"epochs": 2, "target": "model"}}
+    assert run_child(world, tmp_path / "whole", 0, **settings) == 0
+    out = tmp_path / "out"
+    assert run_child(world, out, 9, **settings) == -signal.SIGKILL
+    assert len(list(tmp_path.rglob("block-*.json"))) == 1
+    assert run_child(world, out, 0, **settings) == 0
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_what_is_finished_is_not_done_again(world: Any, tmp_path: Path) -> None:

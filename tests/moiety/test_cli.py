@@ -109,6 +109,12 @@ def test_an_error_is_one_paragraph_and_names_the_thing(world: Any, tmp_path: Pat
         (["report", "nowhere"], "nowhere"),
         (["prune", "BASE", "--out", "p", "--data", "TEXT", "--pattern", "4:2"], "fewer than all"),
         (["prune", "BASE", "--out", "p"], "data"),
+        (["prune", "BASE", "BASE", "--out", "p", "--data", "TEXT"], "expected NAME=MODEL for each"),
+        (["prune", "../a=BASE", "--out", "p", "--data", "../a=TEXT"], "that can be folders"),
+        (
+            ["prune", "BASE", "--out", "p", "--data", "TEXT", "--best", "--method", "ria"],
+            "not both",
+        ),
         (["compose"], "No such command 'compose'"),
     ],
 )

@@ -1,0 +1,400 @@
+"""The compiled CPU kernels through Python: every instruction set, damaged masks, tiled modules."""
+
+import copy
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from moiety.errors import InputError
+from moiety.experts import kernels
+from moiety.experts.kernels import Weights, reference
+from moiety.experts.kernels.library import Isa, Library, library
+from moiety.experts.kernels.weights import INTEGERS, KINDS
+from moiety.experts.modules import PackedModule, SparseExperts, SparseLinear
+from moiety.experts.pattern import Pattern
+
+pytestmark = pytest.mark.skipif(library() is None, reason="the compiled kernels are not built")
+SUPPORTED = [isa for isa in Isa if (found := library()) is not None and isa in found.supported]
+LAYOUTS = [("2:4", "tiles"), ("2:4", "rows"), ("0.3", "rows")]
+TOKENS = (1, 2, 5, 9, 17, 33, 130)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def compiled() -> Library:
+    found = library()
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def stack(
+    packs: Any, count: int, rows: int, columns: int, pattern: str, kind: str
+) -> tuple[Tensor, Weights]:
+    """Random matrices, dense in fp64 and packed."""
+    _, values, mask, scale = packs.stacked(count, rows, columns, pattern, kind)
+    weights = kernels.packed(values, mask, columns, scale)
+    scales = [None] * count if scale is None else scale
+    triples = zip(values, mask, scales, strict=True)
+    dense = [reference.expand(v, m, columns, s).double() for v, m, s in triples]
+    return torch.stack(dense), weights
+
+
+def in_layout(weights: Weights, layout: str) -> Weights:
+    if layout == "rows":
+        return weights
+    tiled = kernels.tiled(weights)
+    assert tiled is not None
+    return tiled
+
+
+def halves(gate_up: Weights) -> Weights:
+    """Gate and up as matrices of their own."""
+    rows = gate_up.rows // 2
+
+    def half(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.reshape(2 * len(tensor), rows, -1)
+
+    tensors = dict(zip(("values", "mask", "scale"), map(half, gate_up[:3]), strict=True))
+    return gate_up._replace(**tensors, rows=rows)  # pyright: ignore[reportArgumentType]
+
+
+def assert_near(output: Tensor, expected: Tensor, size: Tensor, error: float = 1e-5) -> None:
+    """Within a part of the sum of the sizes of all that was added, and bf16's own rounding."""
+    bound = error * size + 1e-30
+    if output.dtype == torch.bfloat16:
+        bound = bound + expected.abs() / 250
+    worst = ((output.double() - expected).abs() / bound).nan_to_num(torch.inf)
+    assert worst.numel() == 0 or worst.max() <= 1
+
+
+@pytest.mark.parametrize("isa", SUPPORTED)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stored", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_isa_multiplies_as_the_reference_does(
+    packs: Any, compiled: Library, isa: Isa, kind: str, stored: Any, dtype: torch.dtype
+) -> None:
+    pattern, layout = stored
+    shapes = [(17, 36), (70, 260)] if pattern == "2:4" else [(9, 45), (18, 299)]
+    for rows, columns in shapes:
+        [dense], weights = stack(packs, 1, rows, columns, pattern, kind)
+        weights = in_layout(weights, layout)
+        for tokens in (0, *TOKENS):
+            input = torch.randn(tokens, columns).to(dtype)
+            output = compiled.forward(input, weights, isa=isa)
+            assert output.dtype == dtype
+            wide = input.double()
+            assert_near(output, wide @ dense.T, wide.abs() @ dense.abs().T)
+
+
+@pytest.mark.parametrize("isa", SUPPORTED)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("pattern", "layout"), LAYOUTS)
+def test_every_isa_routes_as_the_reference_does(
+    packs: Any, compiled: Library, isa: Isa, kind: str, pattern: str, layout: str
+) -> None:
+    down, down_weights = stack(packs, 3, 20, 36, pattern, kind)
+    up, up_weights = stack(packs, 3, 72, 20, pattern, kind)
+    down_weights = in_layout(down_weights, layout)
+    up_weights = halves(up_weights) if layout == "tiles" else up_weights
+    up_weights = in_layout(up_weights, layout)
+    for tokens in TOKENS:
+        experts, weights = torch.randint(-1, 4, (tokens, 2)), torch.rand(tokens, 2)
+        base = torch.randn(tokens, 20)
+        input = torch.randn(tokens, 36)
+        routes = {"experts_TA": experts, "weights_TA": weights, "isa": isa}
+        output = compiled.forward(input, down_weights, base_TO=base, **routes)
+        arguments = (lambda one: down[one], 3, 20, experts, weights.double(), base.double())
+        expected = reference.sparse_routed_linear(input.double(), *arguments)
+        torch.testing.assert_close(output, expected.float(), rtol=1e-5, atol=1e-4)
+        for activation in reference.ACTIVATIONS:
+            input = torch.randn(tokens, 20)
+            output = compiled.forward(
+                input, down_weights, gate_up=up_weights, activation=activation, **routes
+            )
+            matrices = (lambda one: up[one], lambda one: down[one], 3)
+            expected = reference.sparse_experts(
+                input.double(), *matrices, experts, weights.double(), activation
+            )
+            torch.testing.assert_close(output, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 4), (16, 32), (17, 36), (70, 260)])
+def test_tiles_give_back_every_bit(packs: Any, kind: str, rows: int, columns: int) -> None:
+    dense, stored = stack(packs, 3, rows, columns, "2:4", kind)
+    again = kernels.untiled(in_layout(stored, "tiles"))
+    assert again[3:] == stored[3:]
+    for ours, theirs in zip(again[:3], stored[:3], strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or theirs is None or torch.equal(ours, theirs)
+    for weights in (stored, in_layout(stored, "tiles")):
+        for dtype in (torch.float32, torch.bfloat16):
+            for which, expected in enumerate(dense):
+                assert torch.equal(kernels.dense(weights, which, dtype), expected.to(dtype))
+
+
+@pytest.mark.parametrize("layout", ["tiles", "rows"])
+def test_memory_may_be_strided(packs: Any, layout: str) -> None:
+    [dense], weights = stack(packs, 1, 17, 36, "2:4", "fp32")
+    assert weights.mask is not None
+    mask = weights.mask.repeat_interleave(2, -1)[..., ::2]
+    values = weights.values.mT.contiguous().mT
+    strided = weights._replace(mask=mask, values=values)
+    assert not mask.is_contiguous() and not values.is_contiguous()
+    weights = in_layout(strided, layout)
+    inputs = [
+        torch.randn(36, 5).T,
+        torch.randn(5, 72)[:, ::2],
+        torch.randn(1, 36).expand(5, 36),
+        torch.randn(3, 36, 2).transpose(1, 2),
+        torch.randn(5, 50)[:, 7:43],
+    ]
+    for input in inputs:
+        expected = (input.double() @ dense.T).float()
+        torch.testing.assert_close(kernels.sparse_linear(input, weights), expected)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int4"])
+@pytest.mark.parametrize(("pattern", "layout"), LAYOUTS)
+def test_any_number_of_threads_gives_the_same_bits(
+    packs: Any, threads: Callable[[int], None], kind: str, pattern: str, layout: str
+) -> None:
+    _, down = stack(packs, 3, 84, 132, pattern, kind)
+    _, up = stack(packs, 3, 264, 84, pattern, kind)
+    up = halves(up) if layout == "tiles" else up
+    down, up = in_layout(down, layout), in_layout(up, layout)
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens in TOKENS:
+            input, wide = (torch.randn(tokens, n).to(dtype) for n in (132, 84))
+            routes = torch.randint(3, (tokens, 2)), torch.rand(tokens, 2)
+            outputs = []
+            for count in (1, 2, 3, 3):
+                threads(count)
+                outputs.append(
+                    (
+                        kernels.sparse_linear(input, Weights(*map(_first, down))),
+                        kernels.sparse_routed_linear(input, down, *routes),
+                        kernels.sparse_experts(wide, up, down, *routes),
+                    )
+                )
+            for others in outputs[1:]:
+                pairs = zip(outputs[0], others, strict=True)
+                assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def _first(field: Any) -> Any:
+    return field[:1] if isinstance(field, Tensor) else field
+
+
+RUNTIMES = """
+import re, torch
+from pathlib import Path
+from moiety.experts import kernels
+
+def loaded():
+    maps = Path("/proc/self/maps").read_text()
+    return set(re.findall(r"/\\S*/_cpu\\.so", maps)), set(re.findall(r"/\\S*lib[gi]?omp5?[-.]\\S*", maps))
+
+mask = torch.full((4, 1), 0x33, dtype=torch.uint8)
+stored = kernels.packed(torch.ones(4, 4), mask, 8)
+none, before = loaded()
+assert kernels.sparse_linear(torch.ones(3, 8), kernels.tiled(stored)).eq(4).all()
+ours, after = loaded()
+assert not none and len(ours) == 1 and before and after == before, (none, ours, before, after)
+"""
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
+def test_the_kernels_bring_no_openmp_runtime_besides_torchs() -> None:
+    """Other packages may have brought theirs (sentencepiece does)."""
+    command = [sys.executable, "-c", RUNTIMES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", ["2:4", "0.3"])
+@pytest.mark.parametrize(("first", "end", "byte"), [(0, 2, 255), (0, 2, 0), (4, 5, 0xF5)])
+def test_a_damaged_mask_is_refused(
+    packs: Any, kind: str, pattern: str, first: int, end: int, byte: int
+) -> None:
+    _, weights = stack(packs, 1, 9, 36, pattern, kind)
+    assert weights.mask is not None
+    weights.mask[0, 4, first:end] = byte
+    for tokens in (1, 40):
+        with pytest.raises(InputError, match="damaged"):
+            kernels.sparse_linear(torch.randn(tokens, 36), weights)
+    with pytest.raises(InputError, match="damaged"):
+        kernels.dense(weights, 0, torch.float32)
+    if pattern == "2:4":
+        with pytest.raises(InputError, match="damaged"):
+            kernels.tiled(weights)
+
+
+def test_tiles_need_two_of_every_four(packs: Any) -> None:
+    _, weights = stack(packs, 1, 9, 36, "2:4", "fp32")
+    assert weights.mask is not None
+    weights.mask[0, 8, 0] = 0x17
+    assert kernels.sparse_linear(torch.randn(3, 36), weights).isfinite().all()
+    with pytest.raises(InputError, match="damaged"):
+        kernels.tiled(weights)
+    for pattern in ("1:4", "0.3", "dense"):
+        assert kernels.tiled(stack(packs, 1, 9, 36, pattern, "fp32")[1]) is None
+
+
+def test_a_cpu_without_the_instructions_is_named(packs: Any, compiled: Library) -> None:
+    _, weights = stack(packs, 1, 9, 36, "2:4", "fp32")
+    old = Library()
+    old.supported, old.best = (Isa.PORTABLE,), Isa.PORTABLE
+    with pytest.raises(InputError, match="expected a CPU with AVX2, but it has PORTABLE at best"):
+        old.forward(torch.randn(1, 36), weights, isa=Isa.AVX2)
+    assert old.forward(torch.randn(1, 36), weights).isfinite().all()
+    assert compiled.supported[0] == Isa.PORTABLE and compiled.best == max(compiled.supported)
+    assert kernels.description() == f"compiled kernels, {compiled.best.name.replace('_', '-')}"
+
+
+IDS = torch.arange(3, 43).reshape(2, 20)
+MODULES = ("mlp.experts", "self_attn.q_proj")
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def opened(packs: Any, folder: Path, values: str) -> Any:
+    """A Mixtral of packed experts and queries, as any user opens it."""
+    modules = [f"model.layers.{layer}.{name}" for layer in range(2) for name in MODULES]
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        packs.write_packed(packs.tiny_mixtral(), folder, modules, "2:4", values)
+    )
+    sparse = [module for module in model.modules() if isinstance(module, PackedModule)]
+    assert {type(module) for module in sparse} == {SparseExperts, SparseLinear}
+    assert all(name.endswith("_tiles") for module in sparse for name, _ in module.named_buffers())
+    assert not any(list(module.parameters()) for module in sparse)
+    return model
+
+
+def a_linear(packs: Any, rows: int, columns: int, values: str) -> tuple[Tensor, SparseLinear]:
+    """A tiled layer, and the same dense in fp64."""
+    dense, packed = packs.packed(rows, columns, "2:4", values)
+    linear = SparseLinear(columns, rows, Pattern.parse("2:4"), values)
+    linear.load_state_dict(packed.tensors("weight"))
+    linear.prepare()
+    return dense.double(), linear
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize("values", KINDS)
+def test_tiles_are_saved_as_they_came(packs: Any, tmp_path: Path, values: str) -> None:
+    model = opened(packs, tmp_path, values)
+    stored = load_file(tmp_path / "packed" / "model.safetensors")
+    state = model.state_dict()
+    assert all(torch.equal(state[n], stored[n]) for n in stored if "q_proj" in n)
+    model.save_pretrained(tmp_path / "again")
+    assert_same(load_file(tmp_path / "again" / "model.safetensors"), stored)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("values", ["bf16", "int4"])
+def test_tiled_models_are_moved_copied_and_shared(packs: Any, tmp_path: Path, values: str) -> None:
+    model = opened(packs, tmp_path, values)
+    before, state = logits(model), {n: t.clone() for n, t in model.state_dict().items()}
+    assert torch.equal(logits(copy.deepcopy(model)), before)
+    assert torch.equal(logits(copy.deepcopy(model).share_memory()), before)
+    assert torch.equal(logits(copy.deepcopy(model).to("cpu")), before)
+    other = copy.deepcopy(model)
+    assert_same(other.state_dict(), state)
+    changed = {n: t.flip(0) if t.is_floating_point() else t for n, t in state.items()}
+    other.load_state_dict(changed)
+    assert_same(other.state_dict(), changed)
+    assert not torch.equal(logits(other), before)
+    other.load_state_dict(state)
+    assert torch.equal(logits(other), before)
+
+
+@pytest.mark.parametrize("values", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_tiles_follow_a_change_of_dtype(packs: Any, values: str, dtype: torch.dtype) -> None:
+    dense, linear = a_linear(packs, 20, 36, values)
+    linear.to(dtype)
+    assert "weight_tiles" in dict(linear.named_buffers())
+    kind = values if values in INTEGERS else next(k for k, d in KINDS.items() if d == dtype)
+    assert linear.state_dict()["weight"].dtype == KINDS[kind]
+    input = torch.randn(5, 36).to(dtype)
+    expected = input.double() @ dense.T
+    torch.testing.assert_close(linear(input).double(), expected, rtol=0.02, atol=0.02)
+
+
+def test_a_tiled_model_generates_what_its_dense_export_does(packs: Any, tmp_path: Path) -> None:
+    model = opened(packs, tmp_path, "fp32")
+    dense: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
+    mask = torch.ones_like(IDS)
+    ours, theirs = (
+        one.generate(IDS, attention_mask=mask, max_new_tokens=16, do_sample=False)
+        for one in (model, dense)
+    )
+    assert torch.equal(ours, theirs)
+
+
+def test_tiles_take_nine_sixteenths_of_bf16(packs: Any) -> None:
+    _, linear = a_linear(packs, 256, 512, "bf16")
+    tiles = linear.packed_bytes
+    linear.untile()
+    dense = nn.Linear(512, 256, bias=False, dtype=torch.bfloat16).weight.nbytes
+    for size in (tiles, linear.packed_bytes):
+        assert size == pytest.approx(dense * 9 / 16, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_the_same_in_either_layout(packs: Any, kind: str, dtype: torch.dtype) -> None:
+    _, down = stack(packs, 3, 20, 36, "2:4", kind)
+    _, up = stack(packs, 3, 72, 20, "2:4", kind)
+    input, narrow = (torch.randn(9, n, dtype=dtype, requires_grad=True) for n in (36, 20))
+    experts, weights = torch.randint(-1, 4, (9, 2)), torch.rand(9, 2, requires_grad=True)
+    gradient = torch.randn(9, 20).to(dtype)
+    both = []
+    for layout in ("rows", "tiles"):
+        below = in_layout(down, layout)
+        above = in_layout(halves(up) if layout == "tiles" else up, layout)
+        one = Weights(*map(_first, below))
+        calls = [
+            (kernels.sparse_linear(input, one), [input]),
+            (kernels.sparse_routed_linear(input, below, experts, weights), [input, weights]),
+            (kernels.sparse_experts(narrow, above, below, experts, weights), [narrow, weights]),
+        ]
+        both.append(
+            [g for out, leaves in calls for g in torch.autograd.grad(out, leaves, gradient)]
+        )
+    for rows, tiles in zip(*both, strict=True):
+        assert torch.equal(rows, tiles)
