@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from moiety.compose.composite import Composite, open_composite
 from moiety.errors import InputError
 from moiety.experts import kernels
+from moiety.experts.kernels.weights import DTYPES, INTEGERS
 from moiety.experts.modules import SparseExperts, SparseLinear
 from moiety.progress import SILENT, Progress
 from moiety.routers import RoutePolicy, find_gates, forced, one_hot, random, sequence_level, uniform
@@ -206,10 +207,11 @@ def model_bytes(model: nn.Module) -> dict[str, int]:
     for module in model.modules():
         if isinstance(module, SparseExperts | SparseLinear):
             packed += module.packed_bytes
-            for name, width in module.widths.items():
-                values, mask, _ = module.packed(name)
-                size = values.element_size() if values.is_floating_point() else BF16_BYTES
-                dense += mask.shape[:-1].numel() * width * size
+            for name in module.widths:
+                weights = module.weights(name)
+                integers = weights.kind in INTEGERS
+                size = BF16_BYTES if integers else DTYPES[weights.kind].itemsize
+                dense += weights.stack * weights.rows * weights.columns * size
             buffers += sum(buffer.nbytes for buffer in module.buffers())
     total = buffers + sum(parameter.nbytes for parameter in model.parameters())
     return {

@@ -7,7 +7,6 @@ turns in one process; load time and peak memory each in a process of its own.
 """
 
 import argparse
-import gc
 import json
 import resource
 import statistics
@@ -220,7 +219,6 @@ def run(quick: bool, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any],
         folder = Path(name)
         parameters = write_models(folder, config)
         memory = memory_of(folder)
-        gc.collect()
         lengths = (64, 8) if quick else (PREFILL, DECODE)
         rows = speed_rows(folder, *lengths, rounds)
     for row in rows:

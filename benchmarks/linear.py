@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from benchmarks import tables
 from benchmarks.matrices import nbytes, random_weights, tiles
-from benchmarks.timing import interleaved, ratios
+from benchmarks.timing import interleaved
 from moiety.experts import kernels
 from moiety.experts.kernels import Weights
 
@@ -144,14 +144,7 @@ PEERS = ("linear_bf16", "linear_fp32", "linear_best", "torch_best", "torch_int8"
 def _row(case: str, tokens: int, kind: str, seconds: dict[str, float]) -> dict[str, Any]:
     shown = {name: seconds[name] for name in (kind, *PEERS)}
     targets = TARGETS.get(tables.isa(), {}) if kind == "bf16" else {}
-    return {
-        "case": case,
-        "tokens": tokens,
-        "values": kind,
-        "seconds": seconds[kind],
-        "ratio": ratios(shown, kind),
-        "target": {peer: least[tokens] for peer, least in targets.items() if tokens in least},
-    }
+    return tables.row(case, tokens, kind, shown, targets)
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from moiety.experts import kernels
 from moiety.experts.kernels import Weights, reference
-from moiety.experts.kernels.weights import KINDS
+from moiety.experts.kernels.weights import DTYPES
+from moiety.experts.packing import LARGEST_CODE
 
 NIBBLES = [1 << a | 1 << b for a, b in itertools.combinations(range(4), 2)]
-LARGEST = {"int8": 127, "int4": 7}
 
 
 def random_mask(stack: int, rows: int, columns: int) -> Tensor:
@@ -26,15 +26,15 @@ def random_mask(stack: int, rows: int, columns: int) -> Tensor:
 def random_weights(stack: int, rows: int, columns: int, kind: str) -> Weights:
     """A stack of random 2:4 matrices of about unit gain, columns a multiple of 8."""
     mask, kept, scale = random_mask(stack, rows, columns), columns // 2, None
-    if kind in LARGEST:
-        limit = LARGEST[kind]
+    if kind in LARGEST_CODE:
+        limit = LARGEST_CODE[kind]
         values = torch.randint(-limit, limit + 1, (stack, rows, kept), dtype=torch.int8)
         if kind == "int4":
             values = reference.pack_codes(values)
         groups = -(-columns // 128)
         scale = torch.full((stack, rows, groups), 2 / limit / kept**0.5, dtype=torch.bfloat16)
     else:
-        dtype = KINDS[kind]
+        dtype = DTYPES[kind]
         values = torch.randn(stack, rows, kept).mul_(kept**-0.5).to(dtype)
     return kernels.packed(values, mask, columns, scale)
 

@@ -15,7 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from benchmarks import tables
 from benchmarks.matrices import random_weights, tiles
-from benchmarks.timing import interleaved, ratios
+from benchmarks.timing import interleaved
 from moiety.experts import kernels
 from moiety.experts.kernels import Weights
 
@@ -34,18 +34,8 @@ TARGETS = {
 }
 
 
-def _halves(gate_up: Weights) -> Weights:
-    """Gate and up of every expert as matrices of their own, as tiles hold them."""
-
-    def halved(tensor: Tensor | None) -> Any:
-        return None if tensor is None else tensor.reshape(2 * EXPERTS, -1, tensor.shape[-1])
-
-    values, mask, scale, rows, columns, kind, _ = gate_up
-    return Weights(halved(values), halved(mask), halved(scale), rows // 2, columns, kind)
-
-
 def _tiled(gate_up: Weights, down: Weights) -> tuple[Weights, Weights]:
-    above = kernels.tiled(_halves(gate_up))
+    above = kernels.tiled(gate_up.regrouped(2 * EXPERTS))
     return (gate_up, down) if above is None else (above, tiles(down))
 
 
@@ -141,16 +131,8 @@ def _row(
         if f"{name}_bf16" in theirs
     }
     shown = {"transformers_best": min(theirs.values()), **best, kind: seconds[kind]}
-    least = TARGETS.get(tables.isa(), {}).get(kind, {})
-    return {
-        "case": case,
-        "tokens": tokens,
-        "values": kind,
-        "seconds": seconds[kind],
-        "peer_seconds": theirs,
-        "ratio": ratios(shown, kind),
-        "target": {"transformers_best": least[tokens]} if tokens in least else {},
-    }
+    targets = {"transformers_best": TARGETS.get(tables.isa(), {}).get(kind, {})}
+    return tables.row(case, tokens, kind, shown, targets) | {"peer_seconds": theirs}
 
 
 def main() -> None:

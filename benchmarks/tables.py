@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.timing import ratios
 from moiety.experts import kernels
 from moiety.experts.kernels.library import library
 from moiety.files import write_json
@@ -26,6 +27,27 @@ def device() -> str:
     """What was measured on."""
     threads, theirs = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     return f"CPU, {threads} threads, torch {torch.__version__} ({theirs}), {kernels.description()}"
+
+
+def row(
+    case: str,
+    tokens: int,
+    kind: str,
+    seconds: Mapping[str, float],
+    targets: Mapping[str, Mapping[int, float]],
+) -> dict[str, Any]:
+    """One measurement of ours, `seconds[kind]`, beside those of its peers.
+
+    `targets` are the least ratios by peer and number of tokens.
+    """
+    return {
+        "case": case,
+        "tokens": tokens,
+        "values": kind,
+        "seconds": seconds[kind],
+        "ratio": ratios(seconds, kind),
+        "target": {peer: least[tokens] for peer, least in targets.items() if tokens in least},
+    }
 
 
 def show(rows: Rows, title: str) -> None:

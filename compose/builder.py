@@ -15,11 +15,11 @@ from transformers import GenerationConfig
 
 from moiety.compose import mixture, shared
 from moiety.compose.composite import Composite, gate_tensors, open_composite
-from moiety.compose.preflight import load_tokenizer
 from moiety.compose.recipe import Expert, Recipe
 from moiety.compose.route import route_model
 from moiety.compose.stages import Stages
 from moiety.experts.checkpoint import Checkpoint, local_folder
+from moiety.experts.preflight import load_tokenizer
 from moiety.experts.prune import prune
 from moiety.experts.quantizer import PackedConfig
 from moiety.files import digest, digest_of_folder, write_json

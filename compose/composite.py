@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moiety.experts.quantizer  # noqa: F401
-from moiety.compose.preflight import load_tokenizer
 from moiety.errors import InputError
 from moiety.experts.checkpoint import Checkpoint, local_folder
+from moiety.experts.preflight import load_tokenizer
 from moiety.files import sync
 from moiety.routers import find_gates
 

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from moiety.compose.mixture import check_family
 from moiety.compose.recipe import Expert, Recipe
 from moiety.errors import InputError
 from moiety.experts.checkpoint import Checkpoint
 from moiety.experts.pattern import Pattern
+from moiety.experts.preflight import load_tokenizer
 from moiety.text import read_documents, token_windows
 
 CONFIG_FIELDS = (
@@ -65,15 +64,6 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     for name, path in recipe.evaluate.problems.items():
         if not Path(path).is_file():
             yield f"evaluate.problems.{name}: expected a JSONL file at {path}, but there is none"
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """A model folder's tokenizer; InputError when it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"expected a tokenizer in {folder}, but: {reason}") from error
 
 
 def _differences(name: str, base: Checkpoint, finetune: Checkpoint) -> Iterator[str]:

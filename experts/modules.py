@@ -22,19 +22,8 @@ from moiety.experts.kernels.reference import ACTIVATIONS
 from moiety.experts.packing import LARGEST_CODE
 from moiety.experts.pattern import Pattern
 
-TILED_PATTERN = "2:4"
+TILED_PATTERN = Pattern(2, 4)
 ENDS = ("", "_mask", "_scale")
-
-
-def _regrouped(weights: kernels.Weights, count: int, rows: int) -> kernels.Weights:
-    """The same rows as another number of matrices."""
-
-    def regroup(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.reshape(count, rows, -1)
-
-    values, mask, scale = map(regroup, weights[:3])
-    assert values is not None
-    return kernels.Weights(values, mask, scale, rows, weights.columns, weights.kind)
 
 
 class PackedModule(nn.Module):
@@ -98,7 +87,8 @@ class PackedModule(nn.Module):
         """The matrices called `name` as the sparse ops take them."""
         if name in self._tiled:
             rows, width, kind = self._tiled[name]
-            return kernels.Weights(getattr(self, f"{name}_tiles"), None, None, rows, width, kind)
+            tiles = self.get_buffer(f"{name}_tiles")
+            return kernels.Weights(tiles, None, None, None, rows, width, kind)
         values, mask, scale = self.packed(name)
         weights = kernels.packed(values, mask, self.widths[name], scale)
         return weights._replace(starts=self._buffers.get(f"{name}_starts"))
@@ -108,7 +98,7 @@ class PackedModule(nn.Module):
 
         2:4 matrices become tiles; for flat values it is noted where each row begins.
         """
-        if str(self.pattern) == TILED_PATTERN:
+        if self.pattern == TILED_PATTERN:
             self._tile()
         elif not self.pattern.group:
             for name in self.widths:
@@ -152,18 +142,16 @@ class PackedModule(nn.Module):
         tensors = [tensor for tensor in self.packed(name) if tensor is not None]
         if any(tensor.device.type != "cpu" for tensor in tensors):
             return None
-        stored, parts = self.weights(name), self._parts(name)
-        return kernels.tiled(_regrouped(stored, stored.stack * parts, stored.rows // parts))
+        stored = self.weights(name)
+        return kernels.tiled(stored.regrouped(stored.stack * self._parts(name)))
 
     def _from_tiles(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        stored, parts = kernels.untiled(self.weights(name)), self._parts(name)
-        stored = _regrouped(stored, stored.stack // parts, stored.rows * parts)
-        assert stored.mask is not None
-        single = self._is_single()
-        scale = stored.scale[0] if single and stored.scale is not None else stored.scale
-        if single:
-            return stored.values[0], stored.mask[0], scale
-        return stored.values, stored.mask, scale
+        stored = kernels.untiled(self.weights(name))
+        values, mask, scale, *_ = stored.regrouped(stored.stack // self._parts(name))
+        assert mask is not None
+        if not self._is_single():
+            return values, mask, scale
+        return values[0], mask[0], None if scale is None else scale[0]
 
     def _is_single(self) -> bool:
         """Whether one matrix is stored instead of a stack."""

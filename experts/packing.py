@@ -17,16 +17,10 @@ from torch import Tensor
 
 from moiety.errors import InputError
 from moiety.experts.kernels import reference
+from moiety.experts.kernels.weights import DTYPES
 from moiety.experts.pattern import Pattern
 
 VERSION = 1
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "int8": torch.int8,
-    "int4": torch.uint8,
-}
 VALUES = tuple(DTYPES)
 LARGEST_CODE = {"int8": 127, "int4": 7}
 FLOATS = tuple(kind for kind in VALUES if kind not in LARGEST_CODE)

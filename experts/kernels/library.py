@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from moiety.errors import InputError
-from moiety.experts.kernels.weights import INTEGERS, KINDS, Weights
+from moiety.experts.kernels.weights import DTYPES, INTEGERS, Weights
 
 FILE = Path(__file__).with_name("_cpu.so")
-_KIND_CODE = {kind: code for code, kind in enumerate(KINDS)}
+_KIND_CODE = {kind: code for code, kind in enumerate(DTYPES)}
 _ACTIVATION_CODE = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
 _BAD_MASK, _NO_MEMORY = 1, 2
 
@@ -82,13 +82,13 @@ class Library:
         matrix, _kept = self._matrix(weights)
         status = self._functions.moiety_tile(byref(matrix), _threads(), tiles.data_ptr())
         _check(status)
-        return Weights(tiles, None, None, weights.rows, weights.columns, weights.kind)
+        return Weights(tiles, None, None, None, weights.rows, weights.columns, weights.kind)
 
     def untile(self, weights: Weights) -> Weights:
         """The rows layout again, exactly as it was."""
         stack, kept = (weights.stack, weights.rows), weights.columns // 2
         kept = -(-kept // 2) if weights.kind == "int4" else kept
-        values = torch.empty(*stack, kept, dtype=KINDS[weights.kind])
+        values = torch.empty(*stack, kept, dtype=DTYPES[weights.kind])
         mask = torch.empty(*stack, -(-weights.columns // 8), dtype=torch.uint8)
         scale = None
         if weights.kind in INTEGERS:
@@ -96,7 +96,7 @@ class Library:
         matrix, _kept = self._matrix(weights)
         pointers = (_pointer(tensor) for tensor in (values, mask, scale))
         _check(self._functions.moiety_untile(byref(matrix), _threads(), *pointers))
-        return Weights(values, mask, scale, weights.rows, weights.columns, weights.kind)
+        return Weights(values, mask, scale, None, weights.rows, weights.columns, weights.kind)
 
     def starts(self, weights: Weights) -> Tensor:
         """Where each row of flat values begins, and the end (E, O + 1)."""

@@ -1,6 +1,7 @@
 """The sparse ops as torch.library sees them: schemas, CPU and plain implementations, gradients.
 
-A stack of matrices is seven arguments, the fields of `Weights`. The CPU implementation takes the
+A stack of matrices is seven arguments, the fields of `Weights`, tensors
+first. The CPU implementation takes the
 compiled kernels where they are and the dtype is theirs, else the plain twin of `reference.py`
 on matrices expanded one at a time.
 
@@ -16,14 +17,20 @@ from moiety.experts.kernels import layouts, reference
 from moiety.experts.kernels.weights import Weights, contiguous
 
 _LIBRARY = torch.library.Library("moiety", "DEF")
-_FIELDS = 7
-_NATIVE = (torch.float32, torch.bfloat16)
+_FIELDS = len(Weights._fields)
+_TENSORS = 4
+# fp16 goes through the kernels as fp32, which holds it exactly.
+_COMPUTED_AS = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.bfloat16,
+    torch.float16: torch.float32,
+}
 
 
 def _stack(name: str) -> str:
     return (
-        f"Tensor {name}_values, Tensor? {name}_mask, Tensor? {name}_scale, "
-        f"int {name}_rows, int {name}_columns, str {name}_kind, Tensor? {name}_starts"
+        f"Tensor {name}_values, Tensor? {name}_mask, Tensor? {name}_scale, Tensor? {name}_starts, "
+        f"int {name}_rows, int {name}_columns, str {name}_kind"
     )
 
 
@@ -37,17 +44,37 @@ def _dense(weights: Weights, dtype: torch.dtype) -> reference.Dense:
     return lambda which: layouts.dense(weights, which, dtype)
 
 
-def _half(tensor: Tensor) -> bool:
-    """fp16 goes through the kernels as fp32, which holds it exactly."""
-    return tensor.dtype == torch.float16
+def _compiled(
+    input_TI: Tensor,
+    down: Weights,
+    gate_up: Weights | None = None,
+    activation: str = "silu",
+    experts_TA: Tensor | None = None,
+    weights_TA: Tensor | None = None,
+    base_TO: Tensor | None = None,
+) -> Tensor | None:
+    """What the compiled kernels give, in the input's dtype; None where they do not work."""
+    kernels, dtype = layouts.native(input_TI), _COMPUTED_AS.get(input_TI.dtype)
+    if kernels is None or dtype is None:
+        return None
+    output_TO = kernels.forward(
+        input_TI.to(dtype).contiguous(),
+        contiguous(down),
+        gate_up=None if gate_up is None else contiguous(gate_up),
+        activation=activation,
+        experts_TA=None if experts_TA is None else experts_TA.long().contiguous(),
+        weights_TA=None if weights_TA is None else weights_TA.float().contiguous(),
+        base_TO=None if base_TO is None else base_TO.to(dtype).contiguous(),
+    )
+    return output_TO.to(input_TI.dtype)
 
 
 def _linear(input_TI: Tensor, *fields) -> Tensor:
-    weights, kernels = Weights(*fields), layouts.native(input_TI)
-    if kernels is None or not (input_TI.dtype in _NATIVE or _half(input_TI)):
-        return reference.sparse_linear(input_TI, layouts.dense(weights, 0, input_TI.dtype))
-    wide_TI = input_TI.float() if _half(input_TI) else input_TI
-    return kernels.forward(wide_TI.contiguous(), contiguous(weights)).to(input_TI.dtype)
+    weights = Weights(*fields)
+    output_TO = _compiled(input_TI, weights)
+    if output_TO is not None:
+        return output_TO
+    return reference.sparse_linear(input_TI, layouts.dense(weights, 0, input_TI.dtype))
 
 
 def _linear_backward(gradient_TO: Tensor, *fields) -> Tensor:
@@ -59,24 +86,24 @@ _define(
     "sparse_linear",
     f"Tensor input, {_stack('weight')}) -> Tensor",
     _linear,
-    lambda input_TI, *fields: input_TI.new_empty(len(input_TI), fields[3]),
+    lambda input_TI, *fields: input_TI.new_empty(len(input_TI), Weights(*fields).rows),
 )
 _define(
     "sparse_linear_backward",
     f"Tensor gradient, {_stack('weight')}) -> Tensor",
     _linear_backward,
-    lambda gradient_TO, *fields: gradient_TO.new_empty(len(gradient_TO), fields[4]),
+    lambda gradient_TO, *fields: gradient_TO.new_empty(len(gradient_TO), Weights(*fields).columns),
 )
 
 
 def _linear_save(ctx, inputs, output) -> None:
-    _input, values, mask, scale, *ctx.shape, starts = inputs
-    ctx.save_for_backward(values, mask, scale, starts)
+    _input, *fields = inputs
+    ctx.save_for_backward(*fields[:_TENSORS])
+    ctx.shape = fields[_TENSORS:]
 
 
 def _linear_gradient(ctx, gradient_TO):
-    values, mask, scale, starts = ctx.saved_tensors
-    fields = (values, mask, scale, *ctx.shape, starts)
+    fields = (*ctx.saved_tensors, *ctx.shape)
     back_TI = torch.ops.moiety.sparse_linear_backward(gradient_TO.contiguous(), *fields)
     return back_TI, *[None] * _FIELDS
 
@@ -88,20 +115,12 @@ torch.library.register_autograd(
 
 def _routed(input_TI: Tensor, *rest) -> Tensor:
     weights, (experts_TA, weights_TA, base_TO) = Weights(*rest[:_FIELDS]), rest[_FIELDS:]
-    kernels = layouts.native(input_TI)
-    if kernels is None or not (input_TI.dtype in _NATIVE or _half(input_TI)):
-        dense = _dense(weights, input_TI.dtype)
-        routes = (experts_TA, weights_TA, base_TO)
-        return reference.sparse_routed_linear(input_TI, dense, weights.stack, weights.rows, *routes)
-    wide_TI = input_TI.float() if _half(input_TI) else input_TI
-    output_TO = kernels.forward(
-        wide_TI.contiguous(),
-        contiguous(weights),
-        experts_TA=experts_TA.long().contiguous(),
-        weights_TA=weights_TA.float().contiguous(),
-        base_TO=None if base_TO is None else base_TO.to(wide_TI.dtype).contiguous(),
-    )
-    return output_TO.to(input_TI.dtype)
+    routes = {"experts_TA": experts_TA, "weights_TA": weights_TA, "base_TO": base_TO}
+    output_TO = _compiled(input_TI, weights, **routes)
+    if output_TO is not None:
+        return output_TO
+    dense = _dense(weights, input_TI.dtype)
+    return reference.sparse_routed_linear(input_TI, dense, weights.stack, weights.rows, **routes)
 
 
 def _routed_backward(gradient_TO: Tensor, input_TI: Tensor, *rest) -> tuple[Tensor, Tensor]:
@@ -116,7 +135,7 @@ _define(
     "sparse_routed_linear",
     f"Tensor input, {_stack('weight')}, Tensor experts, Tensor weights, Tensor? base) -> Tensor",
     _routed,
-    lambda input_TI, *rest: input_TI.new_empty(len(input_TI), rest[3]),
+    lambda input_TI, *rest: input_TI.new_empty(len(input_TI), Weights(*rest[:_FIELDS]).rows),
 )
 _define(
     "sparse_routed_linear_backward",
@@ -128,16 +147,15 @@ _define(
 
 
 def _routed_save(ctx, inputs, output) -> None:
-    input_TI, values, mask, scale, *shape, starts, experts_TA, weights_TA, base_TO = inputs
-    ctx.save_for_backward(input_TI, values, mask, scale, starts, experts_TA, weights_TA)
-    ctx.shape, ctx.has_base = shape, base_TO is not None
+    input_TI, *fields, experts_TA, weights_TA, base_TO = inputs
+    ctx.save_for_backward(*fields[:_TENSORS], input_TI, experts_TA, weights_TA)
+    ctx.shape, ctx.has_base = fields[_TENSORS:], base_TO is not None
 
 
 def _routed_gradient(ctx, gradient_TO):
-    input_TI, values, mask, scale, starts, *routes = ctx.saved_tensors
-    fields = (values, mask, scale, *ctx.shape, starts)
+    *tensors, input_TI, experts_TA, weights_TA = ctx.saved_tensors
     d_input_TI, d_weights_TA = torch.ops.moiety.sparse_routed_linear_backward(
-        gradient_TO.contiguous(), input_TI, *fields, *routes
+        gradient_TO.contiguous(), input_TI, *tensors, *ctx.shape, experts_TA, weights_TA
     )
     d_base_TO = gradient_TO if ctx.has_base else None
     return d_input_TI, *[None] * _FIELDS, None, d_weights_TA, d_base_TO
@@ -151,21 +169,12 @@ torch.library.register_autograd(
 def _experts(hidden_TD: Tensor, *rest) -> Tensor:
     gate_up, down = Weights(*rest[:_FIELDS]), Weights(*rest[_FIELDS : 2 * _FIELDS])
     experts_TA, weights_TA, activation = rest[2 * _FIELDS :]
-    kernels = layouts.native(hidden_TD)
-    if kernels is None or not (hidden_TD.dtype in _NATIVE or _half(hidden_TD)):
-        stacks = (_gate_up(gate_up, down, hidden_TD.dtype), _dense(down, hidden_TD.dtype))
-        routes = (experts_TA, weights_TA, activation)
-        return reference.sparse_experts(hidden_TD, *stacks, down.stack, *routes)
-    wide_TD = hidden_TD.float() if _half(hidden_TD) else hidden_TD
-    output_TD = kernels.forward(
-        wide_TD.contiguous(),
-        contiguous(down),
-        gate_up=contiguous(gate_up),
-        activation=activation,
-        experts_TA=experts_TA.long().contiguous(),
-        weights_TA=weights_TA.float().contiguous(),
-    )
-    return output_TD.to(hidden_TD.dtype)
+    output_TD = _compiled(hidden_TD, down, gate_up, activation, experts_TA, weights_TA)
+    if output_TD is not None:
+        return output_TD
+    stacks = (_gate_up(gate_up, down, hidden_TD.dtype), _dense(down, hidden_TD.dtype))
+    routes = (experts_TA, weights_TA, activation)
+    return reference.sparse_experts(hidden_TD, *stacks, down.stack, *routes)
 
 
 def _gate_up(gate_up: Weights, down: Weights, dtype: torch.dtype) -> reference.Dense:
@@ -200,18 +209,17 @@ _define(
 
 
 def _experts_save(ctx, inputs, output) -> None:
-    hidden_TD, *stacks = inputs[: 1 + 2 * _FIELDS]
-    experts_TA, weights_TA, ctx.activation = inputs[1 + 2 * _FIELDS :]
-    gate_up, down = Weights(*stacks[:_FIELDS]), Weights(*stacks[_FIELDS:])
-    ctx.shapes = gate_up[3:6], down[3:6]
-    tensors = (tensor for one in (gate_up, down) for tensor in (*one[:3], one.starts))
-    ctx.save_for_backward(hidden_TD, *tensors, experts_TA, weights_TA)
+    hidden_TD, *fields, experts_TA, weights_TA, ctx.activation = inputs
+    gate_up, down = fields[:_FIELDS], fields[_FIELDS:]
+    ctx.shapes = gate_up[_TENSORS:], down[_TENSORS:]
+    tensors = (*gate_up[:_TENSORS], *down[:_TENSORS])
+    ctx.save_for_backward(*tensors, hidden_TD, experts_TA, weights_TA)
 
 
 def _experts_gradient(ctx, gradient_TD):
-    hidden_TD, *tensors, experts_TA, weights_TA = ctx.saved_tensors
-    gate_up = (*tensors[:3], *ctx.shapes[0], tensors[3])
-    down = (*tensors[4:7], *ctx.shapes[1], tensors[7])
+    *tensors, hidden_TD, experts_TA, weights_TA = ctx.saved_tensors
+    gate_up = (*tensors[:_TENSORS], *ctx.shapes[0])
+    down = (*tensors[_TENSORS:], *ctx.shapes[1])
     routes = (experts_TA, weights_TA, ctx.activation)
     d_hidden_TD, d_weights_TA = torch.ops.moiety.sparse_experts_backward(
         gradient_TD.contiguous(), hidden_TD, *gate_up, *down, *routes

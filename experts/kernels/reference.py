@@ -111,6 +111,22 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def _routed_sum(
+    input_TI: Tensor,
+    compute: Callable[[int, Tensor], Tensor],
+    count: int,
+    output_TO: Tensor,
+    experts_TA: Tensor,
+    weights_TA: Tensor,
+) -> Tensor:
+    """Add each token's `Σ_a w_a · compute(a, x)` to the wide `output_TO`; in the input's dtype."""
+    for expert, token_N, slot_N in _routed(experts_TA, count):
+        result_NO = compute(expert, input_TI[token_N]).to(output_TO.dtype)
+        weight_N = weights_TA[token_N, slot_N].to(output_TO.dtype)
+        output_TO.index_add_(0, token_N, result_NO * weight_N[:, None])
+    return output_TO.to(input_TI.dtype)
+
+
 def sparse_routed_linear(
     input_TI: Tensor,
     dense: Dense,
@@ -125,15 +141,14 @@ def sparse_routed_linear(
     `dense` gives each of the `count` matrices (O, I). An index in `experts_TA` that is none of
     them contributes nothing (expert parallelism's sentinel).
     """
-    wide = _wide(input_TI)
-    output_TO = input_TI.new_zeros(len(input_TI), rows, dtype=wide)
+
+    def compute(expert: int, input_NI: Tensor) -> Tensor:
+        return functional.linear(input_NI, dense(expert))
+
+    output_TO = input_TI.new_zeros(len(input_TI), rows, dtype=_wide(input_TI))
     if base_TO is not None:
         output_TO += base_TO
-    for expert, token_N, slot_N in _routed(experts_TA, count):
-        result_NO = functional.linear(input_TI[token_N], dense(expert))
-        weight_N = weights_TA[token_N, slot_N].to(wide)
-        output_TO.index_add_(0, token_N, result_NO.to(wide) * weight_N[:, None])
-    return output_TO.to(input_TI.dtype)
+    return _routed_sum(input_TI, compute, count, output_TO, experts_TA, weights_TA)
 
 
 def sparse_routed_linear_backward(
@@ -170,15 +185,13 @@ def sparse_experts(
     `gate_up` gives the gate above the up matrix (2F, D) of each of the `count` experts, `down`
     (D, F). An index in `experts_TA` that is none of them contributes nothing.
     """
-    wide = _wide(hidden_TD)
-    output_TD = torch.zeros_like(hidden_TD, dtype=wide)
-    for expert, token_N, slot_N in _routed(experts_TA, count):
-        both_NH = functional.linear(hidden_TD[token_N], gate_up(expert))
-        gate_NF, up_NF = both_NH.chunk(2, dim=-1)
-        result_ND = functional.linear(activate(gate_NF, activation) * up_NF, down(expert))
-        weight_N = weights_TA[token_N, slot_N].to(wide)
-        output_TD.index_add_(0, token_N, result_ND.to(wide) * weight_N[:, None])
-    return output_TD.to(hidden_TD.dtype)
+
+    def compute(expert: int, hidden_ND: Tensor) -> Tensor:
+        gate_NF, up_NF = functional.linear(hidden_ND, gate_up(expert)).chunk(2, dim=-1)
+        return functional.linear(activate(gate_NF, activation) * up_NF, down(expert))
+
+    output_TD = torch.zeros_like(hidden_TD, dtype=_wide(hidden_TD))
+    return _routed_sum(hidden_TD, compute, count, output_TD, experts_TA, weights_TA)
 
 
 def sparse_experts_backward(

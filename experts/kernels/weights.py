@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moiety.experts.kernels.reference import SCALE_COLUMNS
 
-KINDS = {
+DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
@@ -18,7 +18,7 @@ KINDS = {
     "int4": torch.uint8,
 }
 INTEGERS = ("int8", "int4")
-_KIND_OF = {dtype: kind for kind, dtype in KINDS.items()}
+_KIND_OF = {dtype: kind for kind, dtype in DTYPES.items()}
 
 
 class Weights(NamedTuple):
@@ -33,15 +33,29 @@ class Weights(NamedTuple):
     values: Tensor
     mask: Tensor | None
     scale: Tensor | None
+    starts: Tensor | None
     rows: int
     columns: int
     kind: str
-    starts: Tensor | None = None
 
     @property
     def stack(self) -> int:
         """Matrices in the stack."""
         return self.values.shape[0]
+
+    def regrouped(self, stack: int) -> "Weights":
+        """The same rows as another number of matrices: gate and up apart, or together again.
+
+        For values (E, O, K) in the rows layout.
+        """
+        rows = self.stack * self.rows // stack
+
+        def regroup(tensor: Tensor) -> Tensor:
+            return tensor.reshape(stack, rows, -1)
+
+        mask = None if self.mask is None else regroup(self.mask)
+        scale = None if self.scale is None else regroup(self.scale)
+        return Weights(regroup(self.values), mask, scale, None, rows, self.columns, self.kind)
 
 
 def packed(
@@ -75,7 +89,7 @@ def packed(
         )
     groups = -(-in_features // SCALE_COLUMNS)
     _check_scale(kind, scale_EOG, (stack, rows, groups))
-    return Weights(values, mask_EOB, scale_EOG, rows, in_features, kind)
+    return Weights(values, mask_EOB, scale_EOG, None, rows, in_features, kind)
 
 
 def _check_scale(kind: str, scale: Tensor | None, expected: tuple[int, ...]) -> None:

@@ -68,8 +68,6 @@ static inline void pair(const uint8_t *group, int half, Vec &v0, Vec &v1) {
 }  // namespace avx2
 MOIETY_TARGET_END
 
-extern const Kernels avx2_kernels = {
-    avx2::WIDTH,  avx2::BLOCK, 16,          8,          avx2::few_tokens, avx2::many_tokens,
-    nullptr,      avx2::gated, avx2::transpose, avx2::widen, avx2::narrow};
+constexpr Kernels avx2_kernels = avx2::kernels_with(16, 8, nullptr);
 
 #endif

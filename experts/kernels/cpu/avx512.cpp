@@ -20,9 +20,6 @@ namespace avx512 {
 }  // namespace avx512
 MOIETY_TARGET_END
 
-extern const Kernels avx512_kernels = {
-    avx512::WIDTH, avx512::BLOCK, 16,                4,             avx512::few_tokens,
-    avx512::many_tokens, nullptr, avx512::gated, avx512::transpose, avx512::widen,
-    avx512::narrow};
+constexpr Kernels avx512_kernels = avx512::kernels_with(16, 4, nullptr);
 
 #endif

@@ -21,9 +21,6 @@ namespace avx512_bf16 {
 }  // namespace avx512_bf16
 MOIETY_TARGET_END
 
-extern const Kernels avx512_bf16_kernels = {
-    avx512_bf16::WIDTH, avx512_bf16::BLOCK, 16, 4, avx512_bf16::few_tokens,
-    avx512_bf16::many_tokens, avx512_bf16::dots, avx512_bf16::gated, avx512_bf16::transpose,
-    avx512_bf16::widen, avx512_bf16::narrow};
+constexpr Kernels avx512_bf16_kernels = avx512_bf16::kernels_with(16, 4, avx512_bf16::dots);
 
 #endif

@@ -1,28 +1,12 @@
 // What every instruction set has in common, given its vectors. Included inside its namespace.
 
+#include "choose.h"
+
 #include "activations.h"
 #include "lanes.h"
 #include "rows.h"
+#include "tiles.h"
 #include "tokens.h"
-
-// Runs a statement with a kind K known at compile time.
-#define FOR_KIND(kind, ...)                                                                 \
-  switch (kind) {                                                                            \
-    case BF16: { constexpr Kind K = BF16; __VA_ARGS__; break; }                                     \
-    case FP16: { constexpr Kind K = FP16; __VA_ARGS__; break; }                                     \
-    case FP32: { constexpr Kind K = FP32; __VA_ARGS__; break; }                                     \
-    case INT8: { constexpr Kind K = INT8; __VA_ARGS__; break; }                                     \
-    default: { constexpr Kind K = INT4; __VA_ARGS__; }                                              \
-  }
-
-static int64_t chunks_of(const Matrix &m) { return (m.columns + CHUNK - 1) / CHUNK; }
-
-static const uint8_t *tile_of(const Matrix &m, int64_t which, int64_t row) {
-  const int64_t chunks = chunks_of(m), bytes = CONTROL_BYTES + GROUPS * GROUP_BYTES[m.kind];
-  const int64_t scales = IS_INTEGER[m.kind] ? (chunks + SCALE_CHUNKS - 1) / SCALE_CHUNKS : 0;
-  const int64_t tile = chunks * bytes + scales * 2 * TILE_ROWS;
-  return m.values + which * m.values_step + row / TILE_ROWS * tile;
-}
 
 static int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -32,7 +16,7 @@ static bool few_tokens(const Matrix &m, int64_t which, int64_t row, int64_t rows
   if (m.layout == TILES) {
     for (int64_t r = 0; r < rows; r += TILE_ROWS) {
       const uint8_t *tile = tile_of(m, which, row + r);
-      FOR_KIND(m.kind, tile_few<K>(tile, chunks_of(m), x, x_step, count, y + r, y_step));
+      FOR_KIND(m.kind, tile_few<K>(tile, chunks_of(m.columns), x, x_step, count, y + r, y_step));
     }
     return true;
   }
@@ -51,13 +35,11 @@ static bool few_tokens(const Matrix &m, int64_t which, int64_t row, int64_t rows
 template <Kind kind, int V>
 static void tiles_by_tokens(const Matrix &m, const uint8_t *const *tiles, int64_t count,
                             int64_t column, const float *x, float *y) {
-  constexpr int64_t BYTES = CONTROL_BYTES + GROUPS * GROUP_BYTES[kind];
-  const int64_t chunk = column / CHUNK, block = chunk / SCALE_CHUNKS;
-  const int64_t scales = IS_INTEGER[kind] ? 2 * TILE_ROWS : 0;
-  const int64_t some = shorter(chunks_of(m) - chunk, STEP / CHUNK);
+  const int64_t chunk = column / CHUNK;
+  const int64_t some = shorter(chunks_of(m.columns) - chunk, STEP / CHUNK);
   for (int64_t i = 0; i < count; i++) {
-    const uint8_t *scale = tiles[i] + block * (SCALE_CHUNKS * BYTES + scales);
-    const uint8_t *at = scale + scales + (chunk - block * SCALE_CHUNKS) * BYTES;
+    const uint8_t *scale = tiles[i] + scale_at(kind, chunk / SCALE_CHUNKS);
+    const uint8_t *at = tiles[i] + chunk_at(kind, chunk);
     tile_step<kind, V>(at, some, scale, x, y + i * TILE_ROWS * V * WIDTH);
   }
 }
@@ -81,18 +63,6 @@ static int64_t words_of(const Matrix &m, int64_t count) {
   const int64_t most = vectors <= 2 ? MOST_WORDS : vectors <= 4 ? 2 : 1;
   return IS_INTEGER[m.kind] ? shorter(most, 2) : most;
 }
-
-#define FOR_VECTORS(vectors, ...)                                                           \
-  switch (vectors) {                                                                         \
-    case 1: { constexpr int V = 1; __VA_ARGS__; break; }                                            \
-    case 2: { constexpr int V = 2; __VA_ARGS__; break; }                                            \
-    case 3: { constexpr int V = 3; __VA_ARGS__; break; }                                            \
-    case 4: { constexpr int V = 4; __VA_ARGS__; break; }                                            \
-    case 5: { constexpr int V = 5; __VA_ARGS__; break; }                                            \
-    case 6: { constexpr int V = 6; __VA_ARGS__; break; }                                            \
-    case 7: { constexpr int V = 7; __VA_ARGS__; break; }                                            \
-    default: { constexpr int V = 8; __VA_ARGS__; }                                                  \
-  }
 
 static bool many_tokens(const Matrix &m, int64_t which, int64_t row, int64_t rows, const float *x,
                         int64_t padded_columns, int64_t count, float *y) {
@@ -120,9 +90,9 @@ static bool many_tokens(const Matrix &m, int64_t which, int64_t row, int64_t row
       const int64_t vectors = (shorter(count - first, BLOCK) + WIDTH - 1) / WIDTH;
       const float *input = x + first * padded_columns + column * vectors * WIDTH;
       float *output = y + first * room;
-      FOR_VECTORS(vectors, FOR_KIND(m.kind, if (tiled)
-          tiles_by_tokens<K, V>(m, tiles, parts, column, input, output);
-          else rows_by_tokens<K, V>(m, found, at, parts, column, some, input, output)));
+      FOR_NUMBER(vectors, FOR_KIND(m.kind, if (tiled)
+          tiles_by_tokens<K, N>(m, tiles, parts, column, input, output);
+          else rows_by_tokens<K, N>(m, found, at, parts, column, some, input, output)));
     }
     for (int64_t i = 0; i < (tiled ? 0 : parts); i++)
       for (int64_t w = 0; w < some; w++)
@@ -153,4 +123,11 @@ static void transpose(const void *const *rows, int64_t count, bool bf16, int64_t
       for (int64_t c = 0; c < columns; c++) to[c * wide] = from[c];
     }
   }
+}
+
+// This instruction set's table; the crossovers are measured for each.
+static constexpr Kernels kernels_with(int64_t few_tiles, int64_t few_rows,
+                                      decltype(Kernels::dots) dots) {
+  return {WIDTH, BLOCK, few_tiles, few_rows, few_tokens, many_tokens,
+          dots,  gated, transpose, widen,    narrow};
 }

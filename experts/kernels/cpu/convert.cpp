@@ -6,26 +6,9 @@ namespace {
 
 #include "scalar.h"
 #include "rows.h"
+#include "tiles.h"
 
 int64_t up_to(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
-
-int64_t bytes_of(int32_t kind) { return CONTROL_BYTES + GROUPS * GROUP_BYTES[kind]; }
-
-// Where a chunk of a tile begins, and the scales that stand before its block of chunks.
-int64_t chunk_at(int32_t kind, int64_t chunk) {
-  const int64_t scales = IS_INTEGER[kind] ? (chunk / SCALE_CHUNKS + 1) * 2 * TILE_ROWS : 0;
-  return chunk * bytes_of(kind) + scales;
-}
-
-int64_t scale_at(int32_t kind, int64_t block) {
-  return block * (SCALE_CHUNKS * bytes_of(kind) + 2 * TILE_ROWS);
-}
-
-int64_t tile_size(int32_t kind, int64_t columns) {
-  const int64_t chunks = up_to(columns, CHUNK);
-  const int64_t scales = IS_INTEGER[kind] ? up_to(chunks, SCALE_CHUNKS) * 2 * TILE_ROWS : 0;
-  return chunks * bytes_of(kind) + scales;
-}
 
 // Copies one kept value of a row into place `which` (0 or 1) of lane r, or back.
 struct Places {
@@ -66,7 +49,7 @@ void get(const Places &from, uint8_t *values, int64_t at) {
 // What a lane without a row, or a group past the last column, holds: columns 0 and 1, zeros.
 void clear(int32_t kind, int64_t columns, uint8_t *tile) {
   memset(tile, 0, tile_size(kind, columns));
-  for (int64_t chunk = 0; chunk < up_to(columns, CHUNK); chunk++) {
+  for (int64_t chunk = 0; chunk < chunks_of(columns); chunk++) {
     uint8_t *at = tile + chunk_at(kind, chunk);
     memset(at, 0x44, CONTROL_BYTES);
     if (kind == INT4) memset(at + CONTROL_BYTES, 0x88, GROUPS * GROUP_BYTES[kind]);
@@ -144,15 +127,14 @@ Status tile(const Matrix &from, int threads, uint8_t *tiles) {
 }
 
 Status untile(const Matrix &from, int threads, uint8_t *values, uint8_t *mask, uint16_t *scale) {
-  const int64_t size = tile_size(from.kind, from.columns), kept = from.columns / 2;
-  const int64_t tiles = up_to(from.rows, TILE_ROWS), blocks = up_to(from.columns, SCALE_COLUMNS);
+  const int64_t kept = from.columns / 2, blocks = up_to(from.columns, SCALE_COLUMNS);
   const int64_t bytes = up_to(from.columns, 8), kind = from.kind;
   const int64_t row_bytes = kind == INT4 ? up_to(kept, 2) : kept * width_of(from.kind);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < from.count * from.rows; i++) {
     const int64_t which = i / from.rows, row = i % from.rows;
     const int r = row % TILE_ROWS;
-    uint8_t *tile = (uint8_t *)from.values + (which * tiles + row / TILE_ROWS) * size;
+    uint8_t *tile = (uint8_t *)tile_of(from, which, row);
     memset(mask + i * bytes, 0, bytes);
     for (int64_t group = 0; group < from.columns / 4; group++) {
       uint8_t *chunk = tile + chunk_at(from.kind, group / GROUPS);
@@ -195,8 +177,7 @@ bool each_value(const Matrix &m, int64_t which, int64_t row, const Give &give) {
     }
     return true;
   }
-  const uint8_t *tile =
-      m.values + which * m.values_step + row / TILE_ROWS * tile_size(m.kind, m.columns);
+  const uint8_t *tile = tile_of(m, which, row);
   const int r = row % TILE_ROWS;
   for (int64_t group = 0; group < m.columns / 4; group++) {
     const uint8_t *chunk = tile + chunk_at(m.kind, group / GROUPS);

@@ -77,9 +77,9 @@ static void dots(const Matrix &m, int64_t which, int64_t row, int64_t rows, cons
   for (int64_t r = 0; r < rows; r += TILE_ROWS) {
     const uint8_t *tile = tile_of(m, which, row + r);
     switch (m.kind) {
-      case BF16: tile_all<BF16>(tile, chunks_of(m), x, x_step, count, y + r, y_step); break;
-      case INT8: tile_all<INT8>(tile, chunks_of(m), x, x_step, count, y + r, y_step); break;
-      default: tile_all<INT4>(tile, chunks_of(m), x, x_step, count, y + r, y_step);
+      case BF16: tile_all<BF16>(tile, chunks_of(m.columns), x, x_step, count, y + r, y_step); break;
+      case INT8: tile_all<INT8>(tile, chunks_of(m.columns), x, x_step, count, y + r, y_step); break;
+      default: tile_all<INT4>(tile, chunks_of(m.columns), x, x_step, count, y + r, y_step);
     }
   }
 }

@@ -56,20 +56,12 @@ static void tile_lanes(const uint8_t *tile, int64_t chunks, const float *x, int6
     for (int v = 0; v < VECTORS; v++) store(y + t * y_step + v * WIDTH, total[t][v]);
 }
 
-// Tokens `first` to `count` of x in blocks of at most 8.
+// Any number of tokens, in blocks of at most 8.
 template <Kind kind>
 static void tile_few(const uint8_t *tile, int64_t chunks, const float *x, int64_t x_step,
                      int64_t count, float *y, int64_t y_step) {
   for (int64_t t = 0; t < count; t += 8, x += 8 * x_step, y += 8 * y_step) {
-    switch (count - t < 8 ? count - t : 8) {
-      case 1: tile_lanes<kind, 1>(tile, chunks, x, x_step, y, y_step); break;
-      case 2: tile_lanes<kind, 2>(tile, chunks, x, x_step, y, y_step); break;
-      case 3: tile_lanes<kind, 3>(tile, chunks, x, x_step, y, y_step); break;
-      case 4: tile_lanes<kind, 4>(tile, chunks, x, x_step, y, y_step); break;
-      case 5: tile_lanes<kind, 5>(tile, chunks, x, x_step, y, y_step); break;
-      case 6: tile_lanes<kind, 6>(tile, chunks, x, x_step, y, y_step); break;
-      case 7: tile_lanes<kind, 7>(tile, chunks, x, x_step, y, y_step); break;
-      default: tile_lanes<kind, 8>(tile, chunks, x, x_step, y, y_step);
-    }
+    const int64_t some = count - t < 8 ? count - t : 8;
+    FOR_NUMBER(some, tile_lanes<kind, N>(tile, chunks, x, x_step, y, y_step));
   }
 }

@@ -69,8 +69,4 @@ static inline void pair(const uint8_t *group, int quarter, Vec &v0, Vec &v1) {
 
 }  // namespace portable
 
-extern const Kernels portable_kernels = {
-    portable::WIDTH,       portable::BLOCK, 8,       0,
-    portable::few_tokens,  portable::many_tokens,    nullptr,
-    portable::gated,       portable::transpose,      portable::widen,
-    portable::narrow};
+constexpr Kernels portable_kernels = portable::kernels_with(8, 0, nullptr);

@@ -87,16 +87,8 @@ template <Kind kind>
 static void row_lanes(const Row &row, int64_t columns, const float *x, int64_t x_step,
                       int64_t count, float *y, int64_t y_step) {
   for (int64_t t = 0; t < count; t += 8, x += 8 * x_step, y += 8 * y_step) {
-    switch (count - t < 8 ? count - t : 8) {
-      case 1: row_few<kind, 1>(row, columns, x, x_step, y, y_step); break;
-      case 2: row_few<kind, 2>(row, columns, x, x_step, y, y_step); break;
-      case 3: row_few<kind, 3>(row, columns, x, x_step, y, y_step); break;
-      case 4: row_few<kind, 4>(row, columns, x, x_step, y, y_step); break;
-      case 5: row_few<kind, 5>(row, columns, x, x_step, y, y_step); break;
-      case 6: row_few<kind, 6>(row, columns, x, x_step, y, y_step); break;
-      case 7: row_few<kind, 7>(row, columns, x, x_step, y, y_step); break;
-      default: row_few<kind, 8>(row, columns, x, x_step, y, y_step);
-    }
+    const int64_t some = count - t < 8 ? count - t : 8;
+    FOR_NUMBER(some, row_few<kind, N>(row, columns, x, x_step, y, y_step));
   }
 }
 #endif

@@ -37,14 +37,7 @@ def stack_of(tensors: Any, width: int) -> Weights:
 
 def halves(gate_up: Weights) -> Weights:
     """Gate and up as matrices of their own, where the layout allows."""
-    if gate_up.values.dim() != 3:
-        return gate_up
-    values, mask, scale, rows, columns, kind, _ = gate_up
-
-    def halved(tensor: Tensor | None) -> Any:
-        return None if tensor is None else tensor.reshape(-1, rows // 2, tensor.shape[-1])
-
-    return Weights(halved(values), halved(mask), halved(scale), rows // 2, columns, kind)
+    return gate_up.regrouped(2 * gate_up.stack) if gate_up.values.dim() == 3 else gate_up
 
 
 def in_tiles(weights: Weights) -> Weights:
