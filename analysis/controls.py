@@ -23,8 +23,8 @@ from moiety.analysis.evaluate import (
     speed,
 )
 from moiety.compose import merge
-from moiety.compose.builder import Builder
 from moiety.compose.composite import Composite, open_composite
+from moiety.compose.kinds import builder_of
 from moiety.compose.recipe import Recipe
 from moiety.compose.shared import WEIGHTS
 from moiety.compose.stages import Stages
@@ -75,7 +75,7 @@ class Controls:
         self.composite = composite
         self.work = work
         self.progress = progress
-        self.builder = Builder(recipe, Stages(work))
+        self.builder = builder_of(recipe, Stages(work))
         self.heldout = self._heldout()
         self.problems = {
             name: read_problems(path) for name, path in recipe.evaluate.problems.items()
@@ -116,7 +116,7 @@ class Controls:
             "bytes": self.sizes,
             "tokens_per_second": self.speeds,
             "choices": {
-                "shared": read_json(self.builder.chosen / "choice.json")["chosen"],
+                **self.builder.facts(),
                 "task_arithmetic_weight": self.merge_weight,
             },
             "device": device_name(),
@@ -150,7 +150,7 @@ class Controls:
         for name in self.recipe.names:
             own = {name: self.heldout[name]}
             self._measure("finetune", _open(self.builder.finetunes[name].folder), own)
-            self._measure("expert", _open(self.builder.experts[name]), own)
+            self._measure("expert", self.builder.open_expert(name), own)
 
     def _dense_composite(self) -> None:
         with tempfile.TemporaryDirectory(dir=self.work, prefix=".dense.") as folder:

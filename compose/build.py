@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moiety.compose.builder import Builder
+from moiety.compose.kinds import builder_of
 from moiety.compose.preflight import preflight
 from moiety.compose.recipe import Recipe
 from moiety.compose.stages import Stages
@@ -17,13 +18,17 @@ RECORD = "build.json"
 
 @dataclass(frozen=True)
 class BuildReport:
-    """Where everything is and what was chosen; also written to `build.json` in the composite."""
+    """Where everything is and what was chosen; also written to `build.json` in the composite.
+
+    `facts` depend on the kind, such as `shared` (where the shared part comes from) and
+    `gate_parameters` (all that was trained).
+    """
 
     key: str
+    kind: str
     composite: Path
     experts: dict[str, Path]
-    shared: str
-    gate_parameters: int
+    facts: dict[str, Any]
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,12 +57,19 @@ def build(
         check_new_folder(out)
     progress.note("checking the recipe")
     preflight(recipe)
-    builder = Builder(recipe, Stages(work, progress), progress)
+    builder = builder_of(recipe, Stages(work, progress), progress)
     if (out / RECORD).is_file():
         return _finished(out, builder)
-    report = _report(builder, out)
     with new_folder(out) as scratch:
         builder.write(scratch)
+        report = BuildReport(
+            builder.key,
+            recipe.compose.kind,
+            out,
+            builder.experts,
+            builder.facts(),
+            dict(builder.stages.seconds),
+        )
         write_json(scratch / RECORD, report.to_dict())
         write_text(scratch / "recipe.yaml", recipe.to_yaml())
     return report
@@ -67,14 +79,6 @@ def default_work(out: str | Path) -> Path:
     """Where a build keeps its stages unless told otherwise: beside the composite."""
     out = Path(out).absolute()
     return out.with_name(f"{out.name}.stages")
-
-
-def _report(builder: Builder, out: Path) -> BuildReport:
-    """Run every stage and say what came of it."""
-    choice = read_json(builder.chosen / "choice.json")["chosen"]
-    parameters = read_json(builder.routed / "route.json")["parameters"]
-    seconds = dict(builder.stages.seconds)
-    return BuildReport(builder.key, out, builder.experts, choice, parameters, seconds)
 
 
 def _finished(out: Path, builder: Builder) -> BuildReport:

@@ -56,12 +56,10 @@ def open_composite(model: str | Path, dtype: str | torch.dtype = "auto") -> Comp
     return Composite(folder, network, load_tokenizer(folder), tuple(experts))
 
 
-def gate_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The gates' weights under their names on disk."""
+def gate_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The gates' weights by their names in the model."""
     return {
-        f"{gate.name}.weight".replace(".mlp.gate.", ".block_sparse_moe.gate."): (
-            gate.module.get_parameter("weight").detach().cpu().contiguous()
-        )
+        f"{gate.name}.weight": gate.module.get_parameter("weight").detach().cpu().contiguous()
         for gate in find_gates(model)
     }
 
@@ -71,15 +69,20 @@ def save_gates(folder: Path, model: PreTrainedModel) -> None:
 
     Each weight file is replaced in one step, so a reader sees the old gates or the new ones.
     """
-    gates = gate_tensors(model)
     checkpoint = Checkpoint(folder)
-    absent = sorted(set(gates) - set(checkpoint))
-    if absent:
-        raise InputError(f"expected tensor {absent[0]} in {folder}, but there is none")
+    gates = {_on_disk(name, checkpoint): gate for name, gate in gate_weights(model).items()}
     for file in sorted(set(checkpoint.files.values())):
         names = [name for name, place in checkpoint.files.items() if place == file]
         if any(name in gates for name in names):
             _rewrite(file, {name: gates[name] for name in names if name in gates})
+
+
+def _on_disk(name: str, checkpoint: Checkpoint) -> str:
+    """The name that a gate's weight has in the files, which for a Mixtral is another one."""
+    for spelling in (name, name.replace(".mlp.gate.", ".block_sparse_moe.gate.")):
+        if spelling in checkpoint:
+            return spelling
+    raise InputError(f"expected tensor {name} in {checkpoint.folder}, but there is none")
 
 
 def _rewrite(file: Path, changed: Mapping[str, Tensor]) -> None:

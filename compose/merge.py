@@ -6,6 +6,8 @@ from typing import Any
 from mergekit.merge_methods import merge_state_dicts
 from torch import Tensor
 
+from moiety.compose.recipe import Merging
+
 BASE = "<base>"
 """Cannot collide with the name of a finetune."""
 
@@ -33,6 +35,18 @@ def task_arithmetic(
     weights = dict.fromkeys(chosen, weight)
     models = {BASE: _chosen(base, keep), **chosen}
     return _merge(models, "task_arithmetic", {"weight": weights}, base=BASE)
+
+
+def merged(
+    base: Mapping[str, Tensor],
+    finetunes: Mapping[str, Mapping[str, Tensor]],
+    merging: Merging,
+    keep: Callable[[str], bool],
+) -> dict[str, Tensor]:
+    """The finetunes merged by any of mergekit's methods; a task-vector method gets the base."""
+    models = {name: _chosen(tensors, keep) for name, tensors in finetunes.items()}
+    models[BASE] = _chosen(base, keep)
+    return _merge(models, merging.method, dict(merging.parameters), base=BASE)
 
 
 def _chosen(tensors: Mapping[str, Tensor], keep: Callable[[str], bool]) -> dict[str, Tensor]:

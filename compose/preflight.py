@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moiety.compose.mixture import check_family
+from moiety.compose.mixture.tensors import check_family
 from moiety.compose.recipe import Expert, Recipe
 from moiety.errors import InputError
 from moiety.experts.checkpoint import Checkpoint

@@ -1,16 +1,14 @@
-"""What a mixture's shared part (attention, norms, embeddings, head) is taken from."""
+"""What a composite's shared part (everything that is not routed) is taken from."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from moiety.compose import merge
-from moiety.compose.mixture import is_ffn
-from moiety.compose.recipe import Compose
-from moiety.experts.checkpoint import Checkpoint
+from moiety.compose.recipe import Merging, Mixture, Routed
 from moiety.progress import SILENT, Progress
 from moiety.routers import find_gates, forced, one_hot
 from moiety.scoring import score
@@ -22,33 +20,43 @@ WEIGHTS = (0.15, 0.25, 0.4, 0.6)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One source of the shared part: `base`, `soup` or `task_arithmetic` with its weight."""
+    """One source of the shared part.
+
+    `source` is `base`, `soup`, `task_arithmetic` with its weight, or an expert's name; with
+    `merging`, one of mergekit's methods.
+    """
 
     source: str
     weight: float | None = None
+    merging: Merging | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return self.source if self.weight is None else f"{self.source} {self.weight:g}"
 
     def tensors(
-        self, base: Checkpoint, finetunes: Mapping[str, Checkpoint]
+        self,
+        base: Mapping[str, Tensor],
+        finetunes: Mapping[str, Mapping[str, Tensor]],
+        keep: Callable[[str], bool],
     ) -> Mapping[str, Tensor]:
-        """The shared tensors by name (no FFN)."""
+        """The tensors whose name `keep` accepts."""
+        if self.merging is not None:
+            return merge.merged(base, finetunes, self.merging, keep)
+        if self.source in finetunes:
+            return {name: finetunes[self.source][name] for name in base if keep(name)}
         match self.source:
             case "base":
-                return {name: base[name] for name in base if not is_ffn(name)}
+                return {name: base[name] for name in base if keep(name)}
             case "soup":
-                return merge.soup(finetunes, _shared)
+                return merge.soup(finetunes, keep)
         assert self.weight is not None
-        return merge.task_arithmetic(base, finetunes, self.weight, _shared)
+        return merge.task_arithmetic(base, finetunes, self.weight, keep)
 
 
-def _shared(name: str) -> bool:
-    return not is_ffn(name)
-
-
-def candidates(settings: Compose) -> list[Candidate]:
+def candidates(settings: Mixture | Routed) -> list[Candidate]:
     """What `compose.shared` asks to be tried."""
+    if isinstance(settings.shared, Merging):
+        return [Candidate(settings.shared.method, merging=settings.shared)]
     if settings.shared == "auto":
         weighted = [Candidate("task_arithmetic", weight) for weight in WEIGHTS]
         return [Candidate("base"), Candidate("soup"), *weighted]
@@ -59,23 +67,21 @@ def candidates(settings: Compose) -> list[Candidate]:
 
 def choose(
     model: PreTrainedModel,
-    base: Checkpoint,
-    finetunes: Mapping[str, Checkpoint],
+    tried: Sequence[Candidate],
+    tensors_of: Callable[[Candidate], Mapping[str, Tensor]],
     data: Mapping[str, Windows],
-    tried: list[Candidate],
     batch_size: int,
     progress: Progress = SILENT,
 ) -> dict[Candidate, float]:
-    """Calibration loss of the mixture under the oracle route for every candidate.
+    """Calibration loss of a composite under the oracle route for every candidate.
 
-    `model` is a mixture of the final experts, `data` calibration windows in the experts' order,
-    of which the first `CHOICE_WINDOWS` are used; its shared part is overwritten. Domains count
-    the same.
+    `model` has the final experts, `data` calibration windows in the experts' order, of which the
+    first `CHOICE_WINDOWS` are used; its shared part is overwritten. Domains count the same.
     """
     data = {name: windows.select(slice(CHOICE_WINDOWS)) for name, windows in data.items()}
     losses: dict[Candidate, float] = {}
     for candidate in progress.track(tried, "try shared parts", len(tried)):
-        replace_shared(model, candidate.tensors(base, finetunes))
+        replace_shared(model, tensors_of(candidate))
         losses[candidate] = sum(_oracle_losses(model, data, batch_size)) / len(data)
         progress.note(f"shared part from {candidate}: {losses[candidate]:.4f}")
     return losses

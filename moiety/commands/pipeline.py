@@ -41,8 +41,8 @@ def build(
     report = run(read, out, work=work, progress=progress)
     values = report.to_dict()
     rows = [
-        ("shared part from", report.shared),
-        ("trainable parameters (the gates)", f"{report.gate_parameters:,}"),
+        ("kind", report.kind),
+        *((name.replace("_", " "), str(value)) for name, value in report.facts.items()),
         *((f"seconds, {stage}", f"{seconds:.1f}") for stage, seconds in report.seconds.items()),
     ]
     tables = [Table(title=f"composite in {out}", columns=("", ""), rows=tuple(rows))]

@@ -118,8 +118,8 @@ class Demo:
         work = self.stages.folder
         built = build(recipe, self.out / "composite", work=work, progress=self.progress)
         self.progress.note(
-            f"trainable parameters: {built.gate_parameters:,}, exactly the gates'; "
-            f"everything else is frozen (shared part from {built.shared})"
+            f"trainable parameters: {built.facts['gate_parameters']:,}, exactly the gates'; "
+            f"everything else is frozen (shared part from {built.facts['shared']})"
         )
         results = evaluate_build(recipe, built.composite, work, self.progress)
         self._trace(recipe, built)

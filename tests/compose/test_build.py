@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from moiety.compose import Recipe, build, open_composite, route
-from moiety.compose.builder import Builder
-from moiety.compose.mixture import (
+from moiety.compose.mixture import MixtureBuilder
+from moiety.compose.mixture.tensors import (
     mixture_config,
     mixture_tensors,
     packed_mixture,
@@ -98,7 +98,7 @@ def test_opens_in_a_process_that_only_imports_moiety(built: Path) -> None:
 def test_one_hot_route_is_the_expert(world: Any, tmp_path: Path) -> None:
     """With its own shared part, a mixture forced to one expert is that sparse expert's model."""
     recipe = Recipe.model_validate(world.recipe())
-    builder = Builder(recipe, Stages(tmp_path / "stages"))
+    builder = MixtureBuilder(recipe, Stages(tmp_path / "stages"))
     for index, folder in enumerate(builder.experts.values()):
         own = Checkpoint(folder)
         config = mixture_config(builder.base.config, recipe.names, 2, builder.packing)
@@ -182,7 +182,7 @@ def test_equal_experts_give_the_base(world: Any, tmp_path: Path, model_type: str
     checkpoint = Checkpoint(tmp_path / "base")
     config = mixture_config(checkpoint.config, ["a", "b", "c"], 2, None)
     generator = torch.Generator().manual_seed(0)
-    gates = [torch.randn(3, 32, generator=generator) for _ in range(2)]
+    gates = {n: torch.randn(3, 32, generator=generator) for n in zero_gates(config, torch.float32)}
     tensors = mixture_tensors(checkpoint, [checkpoint] * 3, gates)
     (tmp_path / "mixture").mkdir()
     write_mixture(tmp_path / "mixture", config, tensors, world.tokenizer, None)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from moiety.compose import Recipe
+from moiety.compose.recipe import Mixture
 from moiety.errors import InputError
 
 GOOD = """\
@@ -40,7 +41,7 @@ def test_a_recipe_reads_and_writes_itself(tmp_path: Path) -> None:
     assert recipe.base == str((tmp_path / "base").resolve())
     assert recipe.experts[0].model == "code"
     assert recipe.experts[0].domain.calibration == "code.jsonl"
-    assert recipe.compose.top_k == 1
+    assert recipe.compose == Mixture(top_k=1)
     assert read(tmp_path, recipe.to_yaml()) == recipe
 
 

@@ -134,13 +134,13 @@ def is_ffn(name: str) -> bool:
 def mixture_tensors(
     shared: Mapping[str, Tensor],
     experts: Sequence[Mapping[str, Tensor]],
-    gates: Sequence[Tensor],
+    gates: Mapping[str, Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the mixture in the canonical per-expert layout.
 
     `shared` gives everything that is not an expert, `experts` the FFN matrices (dense, or packed
-    with their masks and scales), `gates` one weight (E, D) a layer. Every tensor of `shared` and every FFN
-    tensor of the experts is used; InputError names one that has no place.
+    with their masks and scales), `gates` the weights (E, D) by the names of the gates' modules.
+    Every tensor of `shared` and every FFN tensor of the experts is used; InputError names one that has no place.
     """
     for name in shared:
         if is_ffn(name):
@@ -153,8 +153,8 @@ def mixture_tensors(
             match = FFN.fullmatch(name)
             if match is not None:
                 yield _expert_name(match, number), expert[name]
-    for layer, gate_ED in enumerate(gates):
-        yield f"model.layers.{layer}.block_sparse_moe.gate.weight", gate_ED
+    for name, gate_ED in gates.items():
+        yield name.replace(".mlp.gate.", ".block_sparse_moe.gate."), gate_ED
 
 
 def _expert_name(match: re.Match[str], number: int) -> str:
@@ -162,10 +162,11 @@ def _expert_name(match: re.Match[str], number: int) -> str:
     return f"model.layers.{layer}.block_sparse_moe.experts.{number}.{matrix}.weight{suffix}"
 
 
-def zero_gates(config: MixtralConfig, dtype: torch.dtype) -> list[Tensor]:
-    """Gates that prefer no expert, one (E, D) a layer."""
+def zero_gates(config: MixtralConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Gates that prefer no expert, (E, D) each, by the names of their modules' weights."""
     shape = (config.num_local_experts, config.hidden_size)
-    return [torch.zeros(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
+    layers = range(config.num_hidden_layers)
+    return {f"model.layers.{i}.mlp.gate.weight": torch.zeros(shape, dtype=dtype) for i in layers}
 
 
 def write_mixture(

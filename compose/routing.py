@@ -1,0 +1,132 @@
+"""The stages of composites that route: choose the shared part, learn the gates."""
+
+import shutil
+from abc import abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moiety.compose import shared
+from moiety.compose.builder import Builder
+from moiety.compose.composite import Composite, gate_weights, open_composite
+from moiety.compose.recipe import Mixture, Routed
+from moiety.compose.route import route_model
+from moiety.files import read_json, write_json
+
+
+class RoutingBuilder(Builder):
+    """A composite with gates: mixtures and routed models."""
+
+    @property
+    def settings(self) -> Mixture | Routed:
+        """The recipe's section `compose`."""
+        assert isinstance(self.recipe.compose, Mixture | Routed)
+        return self.recipe.compose
+
+    @abstractmethod
+    def is_shared(self, name: str) -> bool:
+        """Whether a tensor of the base's architecture belongs to the shared part."""
+
+    @abstractmethod
+    def assemble(
+        self,
+        folder: Path,
+        shared_part: Mapping[str, Tensor],
+        gates: Mapping[str, Tensor] | None,
+        *,
+        dense: bool = False,
+    ) -> None:
+        """Write the composite with these shared tensors and gates (None: they prefer no expert)."""
+
+    def write(self, folder: Path, *, dense: bool = False) -> None:
+        """Run what is not done yet and write the composite into an empty folder."""
+        self.assemble(folder, self.shared_tensors, self.gates, dense=dense)
+
+    def facts(self) -> dict[str, Any]:
+        """Where the shared part comes from and how many parameters were trained."""
+        return {
+            "shared": read_json(self.chosen / "choice.json")["chosen"],
+            "gate_parameters": read_json(self.routed / "route.json")["parameters"],
+        }
+
+    @cached_property
+    def chosen(self) -> Path:
+        """Folder of the shared part: `shared.safetensors` and `choice.json`."""
+        settings = self.settings.model_dump(exclude={"top_k"})
+        return self.stages.run("shared", self.stage_inputs(settings), self._choose)
+
+    def _choose(self, scratch: Path) -> None:
+        tried = shared.candidates(self.settings)
+        losses = {tried[0]: float("nan")}
+        if len(tried) > 1:
+            start = self._tensors(tried[0])
+            model = self._unrouted(scratch / "unrouted", start).model
+            losses = shared.choose(
+                model,
+                tried,
+                self._tensors,
+                self.calibration,
+                self.recipe.batch_size,
+                self.progress,
+            )
+        best = min(losses, key=lambda candidate: losses[candidate])
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self._tensors(best).items()},
+            scratch / "shared.safetensors",
+        )
+        write_json(
+            scratch / "choice.json",
+            {
+                "chosen": str(best),
+                "calibration_loss_oracle_route": {str(c): loss for c, loss in losses.items()},
+            },
+        )
+
+    def _tensors(self, candidate: shared.Candidate) -> Mapping[str, Tensor]:
+        return candidate.tensors(self.base, self.finetunes, self.is_shared)
+
+    def _unrouted(self, folder: Path, shared_part: Mapping[str, Tensor]) -> Composite:
+        """The composite with gates that prefer no expert, in memory; `folder` is scratch."""
+        folder.mkdir()
+        self.assemble(folder, shared_part, None)
+        composite = open_composite(folder)
+        shutil.rmtree(folder)
+        return composite
+
+    @property
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """The chosen shared part."""
+        return load_file(self.chosen / "shared.safetensors")
+
+    @cached_property
+    def routed(self) -> Path:
+        """Folder of the learned gates: `gates.safetensors` and `route.json`."""
+        settings = {
+            "route": self.recipe.route.model_dump(),
+            "top_k": self.settings.top_k,
+            "seed": self.recipe.seed,
+            "shared": self.chosen.name,
+        }
+        return self.stages.run("route", self.stage_inputs(settings), self._route)
+
+    def _route(self, scratch: Path) -> None:
+        composite = self._unrouted(scratch / "unrouted", self.shared_tensors)
+        report = route_model(
+            composite,
+            self.calibration,
+            self.recipe.route,
+            batch_size=self.recipe.batch_size,
+            seed=self.recipe.seed,
+            progress=self.progress,
+        )
+        save_file(gate_weights(composite.model), scratch / "gates.safetensors")
+        write_json(scratch / "route.json", report.to_dict())
+
+    @property
+    def gates(self) -> dict[str, Tensor]:
+        """The learned gates (E, D) by the names of their modules' weights."""
+        return load_file(self.routed / "gates.safetensors")
