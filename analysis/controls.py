@@ -1,8 +1,8 @@
 """Every control of a build on held-out text: the models it came from, merges, other routers."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,16 @@ from moiety.analysis.evaluate import (
 )
 from moiety.compose import merge
 from moiety.compose.composite import Composite, open_composite
+from moiety.compose.ensemble import EnsembleForCausalLM
 from moiety.compose.kinds import builder_of
+from moiety.compose.opening import open_any
 from moiety.compose.recipe import Recipe
 from moiety.compose.shared import WEIGHTS
 from moiety.compose.stages import Stages
 from moiety.errors import InputError
-from moiety.files import digest_of_folder, read_json, write_json
+from moiety.experts.checkpoint import digest_of_model
+from moiety.experts.preflight import load_tokenizer
+from moiety.files import digest, read_json, write_json
 from moiety.progress import SILENT, Progress
 from moiety.routers import find_gates, forced, one_hot
 from moiety.text import Windows, read_documents, token_windows
@@ -51,7 +55,7 @@ def evaluate_build(
     controls = Controls(recipe, composite, work, progress)
     problems = {name: str(path) for name, path in recipe.evaluate.problems.items()}
     inputs = {
-        "composite": digest_of_folder(composite),
+        "composite": digest_of_model(composite),
         "heldout": {name: len(windows) for name, windows in controls.heldout.items()},
         "models": controls.builder.key,
         "problems": problems,
@@ -65,6 +69,51 @@ def evaluate_build(
     return {**results, "seconds": {"evaluate": stages.seconds["evaluate"]}}
 
 
+def evaluate_routes(
+    recipe: Recipe, composite: Path, work: Path, progress: Progress = SILENT
+) -> dict[str, Any]:
+    """The rows of `router_scores` alone, of one more composite of the same finetunes.
+
+    Kept as the stage `routes` in `work`; `loss` and `bits_per_byte` by row and domain.
+    """
+    heldout = heldout_windows(recipe, load_tokenizer(Path(recipe.base)))
+
+    def make(scratch: Path) -> None:
+        rows = router_scores(
+            open_composite(composite),
+            heldout,
+            seed=recipe.seed,
+            batch_size=recipe.batch_size,
+            progress=progress,
+        )
+        write_json(scratch / "rows.json", as_tables(rows))
+
+    inputs = {
+        "composite": digest_of_model(composite),
+        "heldout": {name: digest(windows.ids_WC.tolist()) for name, windows in heldout.items()},
+        "seed": recipe.seed,
+    }
+    return read_json(Stages(work, progress).run("routes", inputs, make) / "rows.json")
+
+
+def heldout_windows(recipe: Recipe, tokenizer: Any) -> dict[str, Windows]:
+    """Held-out windows of every domain; InputError names an expert without held-out text."""
+    windows: dict[str, Windows] = {}
+    for expert in recipe.experts:
+        if expert.domain.heldout is None:
+            raise InputError(
+                f"expected held-out text for expert {expert.name} to measure on; "
+                "give domain.heldout in the recipe"
+            )
+        windows[expert.name] = token_windows(
+            tokenizer,
+            read_documents(expert.domain.heldout),
+            recipe.context_length,
+            recipe.evaluate.windows,
+        )
+    return windows
+
+
 class Controls:
     """The rows of the controls' table, one group after another."""
 
@@ -76,7 +125,7 @@ class Controls:
         self.work = work
         self.progress = progress
         self.builder = builder_of(recipe, Stages(work))
-        self.heldout = self._heldout()
+        self.heldout = heldout_windows(recipe, self.builder.tokenizer)
         self.problems = {
             name: read_problems(path) for name, path in recipe.evaluate.problems.items()
         }
@@ -85,22 +134,6 @@ class Controls:
         self.speeds: dict[str, dict[str, float]] = {}
         self.sizes: dict[str, int] = {}
         self.merge_weight = 0.0
-
-    def _heldout(self) -> dict[str, Windows]:
-        windows: dict[str, Windows] = {}
-        for expert in self.recipe.experts:
-            if expert.domain.heldout is None:
-                raise InputError(
-                    f"expected held-out text for expert {expert.name} to measure on; "
-                    "give domain.heldout in the recipe"
-                )
-            windows[expert.name] = token_windows(
-                self.builder.tokenizer,
-                read_documents(expert.domain.heldout),
-                self.recipe.context_length,
-                self.recipe.evaluate.windows,
-            )
-        return windows
 
     def results(self) -> dict[str, Any]:
         """Measure everything; the layout is that of `results.json`."""
@@ -155,26 +188,28 @@ class Controls:
     def _dense_composite(self) -> None:
         with tempfile.TemporaryDirectory(dir=self.work, prefix=".dense.") as folder:
             self.builder.write(Path(folder), dense=True)
-            dense = open_composite(folder)
+            dense = open_any(folder)
         self._measure("composite_dense", dense.model)
         self.speeds["composite_dense"] = speed(dense.model)
 
     def _sparse_composite(self) -> None:
-        composite = open_composite(self.composite)
-        self.rows.update(
-            router_scores(
-                composite,
-                self.heldout,
-                seed=self.recipe.seed,
-                batch_size=self.recipe.batch_size,
-                progress=self.progress,
+        composite = open_any(self.composite)
+        if composite.experts:
+            self.rows.update(
+                router_scores(
+                    composite,
+                    self.heldout,
+                    seed=self.recipe.seed,
+                    batch_size=self.recipe.batch_size,
+                    progress=self.progress,
+                )
             )
-        )
-        self._answer("composite", composite.model, self.problems)
-        for name in self.problems:
-            with _oracle(composite, name) as known:
-                if known:
+            self._answer("composite", composite.model, self.problems)
+            for name in set(self.problems) & set(composite.experts):
+                with _oracle(composite, name):
                     self._answer("oracle", composite.model, {name: self.problems[name]})
+        else:
+            self._measure("composite", composite.model)
         self.speeds["composite"] = speed(composite.model)
         self.sizes = model_bytes(composite.model)
 
@@ -193,14 +228,11 @@ class Controls:
             self.accuracy[name][row] = exact_match(model, self.builder.tokenizer, problem_set)
 
 
-@contextmanager
-def _oracle(composite: Composite, domain: str) -> Iterator[bool]:
-    """Route every token to the expert of `domain`; gives False where there is none."""
-    if domain not in composite.experts:
-        yield False
-        return
-    with forced(find_gates(composite.model), one_hot(composite.experts.index(domain))):
-        yield True
+def _oracle(composite: Composite, domain: str) -> AbstractContextManager[None]:
+    """Route every token to the expert of `domain`."""
+    if isinstance(composite.model, EnsembleForCausalLM):
+        return composite.model.forced(domain)
+    return forced(find_gates(composite.model), one_hot(composite.experts.index(domain)))
 
 
 def _open(folder: Path) -> PreTrainedModel:

@@ -12,9 +12,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moiety.compose.composite import Composite, open_composite
+from moiety.compose.composite import Composite
+from moiety.compose.ensemble import EnsembleForCausalLM
+from moiety.compose.opening import open_any
+from moiety.compose.routed.modules import RoutedLinear
 from moiety.errors import InputError
 from moiety.experts import kernels
+from moiety.experts.delta import DeltaLinear
 from moiety.experts.kernels.weights import DTYPES, INTEGERS
 from moiety.experts.modules import SparseExperts, SparseLinear
 from moiety.progress import SILENT, Progress
@@ -75,6 +79,8 @@ def router_scores(
     Rows: `composite` (learned), `uniform`, `random`, `sequence_level`, and `oracle`, which sends
     every token to the expert of its domain.
     """
+    if isinstance(composite.model, EnsembleForCausalLM):
+        return _ensemble_scores(composite, composite.model, data, batch_size)
     policies = _policies(composite, data, seed)
     gates = find_gates(composite.model)
     rows: dict[str, Scores] = {"composite": domain_scores(composite.model, data, batch_size)}
@@ -83,6 +89,20 @@ def router_scores(
         for domain, windows in data.items():
             with forced(gates, policy_of(domain)):
                 rows[name][domain] = score(composite.model, windows, batch_size)
+    return rows
+
+
+def _ensemble_scores(
+    composite: Composite, model: EnsembleForCausalLM, data: Mapping[str, Windows], batch_size: int
+) -> dict[str, Scores]:
+    """An ensemble's rows: its posterior, equal weights, and the own expert's weight 1."""
+    composite.own_expert(data)
+    rows: dict[str, Scores] = {"composite": domain_scores(model, data, batch_size), "oracle": {}}
+    with model.forced([1.0] * len(composite.experts)):
+        rows["uniform"] = domain_scores(model, data, batch_size)
+    for domain, windows in data.items():
+        with model.forced(domain):
+            rows["oracle"][domain] = score(model, windows, batch_size)
     return rows
 
 
@@ -106,7 +126,7 @@ def as_tables(rows: Mapping[str, Scores]) -> dict[str, dict[str, dict[str, float
 
 
 def evaluate(
-    model: str | Path,
+    model: str | Path | Composite,
     data: Mapping[str, str | Path],
     *,
     context_length: int = 512,
@@ -115,28 +135,42 @@ def evaluate(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Evaluate a composite folder on labelled held-out text, with the router controls.
+    """Evaluate a model (folder, hub id or already open) on labelled held-out text.
 
-    `data` names each domain's text by its expert. Returns the results as `moiety eval --json`
-    prints them: context length, seed, loss, bits per byte, bytes, tokens per second.
+    A composite that routes comes with the router controls, and `data` names each domain's text by
+    its expert; any other model has the one row `model`. Returns the results as
+    `moiety eval --json` prints them: context length, seed, loss, bits per byte, bytes, tokens per
+    second.
     """
     documents = {domain: read_documents(path) for domain, path in data.items()}
-    composite = open_composite(model)
-    composite.own_expert(data)
+    composite = model if isinstance(model, Composite) else open_any(model)
+    routes = bool(composite.experts)
+    if routes:
+        composite.own_expert(data)
     cut = {
         domain: token_windows(composite.tokenizer, texts, context_length, windows)
         for domain, texts in documents.items()
     }
-    rows = router_scores(composite, cut, seed=seed, batch_size=batch_size, progress=progress)
+    if routes:
+        rows = router_scores(composite, cut, seed=seed, batch_size=batch_size, progress=progress)
+    else:
+        rows = {"model": domain_scores(composite.model, cut, batch_size)}
+    sizes = model_bytes(composite.model)
     return {
         "context_length": context_length,
         "seed": seed,
         "domains": list(data),
         **as_tables(rows),
-        "bytes": model_bytes(composite.model),
-        "tokens_per_second": {"composite": speed(composite.model)},
+        "bytes": sizes if routes else _bytes_alone(sizes),
+        "tokens_per_second": {next(iter(rows)): speed(composite.model)},
         "device": device_name(),
     }
+
+
+def _bytes_alone(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of a model that is no composite, and of its dense twin if it has packed matrices."""
+    dense = {"dense_model": sizes["dense_composite"]} if sizes["experts_packed"] else {}
+    return {**dense, "model": sizes["composite"]}
 
 
 @torch.no_grad()
@@ -201,21 +235,27 @@ def model_bytes(model: nn.Module) -> dict[str, int]:
     """Resident weight bytes of a packed composite and of the same one with dense experts.
 
     `experts_packed` counts kept values, masks and scales; `experts_dense` the same matrices dense
-    in the values' own dtype, bf16 where those are integers.
+    in the values' own dtype, bf16 where those are integers. In the dense twin whole finetunes
+    take the place of a base with differences.
     """
-    packed = dense = buffers = 0
+    packed = dense = buffers = replaced = 0
     for module in model.modules():
-        if isinstance(module, SparseExperts | SparseLinear):
+        if isinstance(module, SparseExperts | SparseLinear | RoutedLinear):
             packed += module.packed_bytes
             for name in module.widths:
                 weights = module.weights(name)
                 integers = weights.kind in INTEGERS
                 size = BF16_BYTES if integers else DTYPES[weights.kind].itemsize
                 dense += weights.stack * weights.rows * weights.columns * size
+            if isinstance(module, RoutedLinear) and module.weight is not None:
+                replaced += module.weight.nbytes
+            buffers += sum(buffer.nbytes for buffer in module.buffers())
+        elif isinstance(module, DeltaLinear):
+            packed += module.packed_bytes
             buffers += sum(buffer.nbytes for buffer in module.buffers())
     total = buffers + sum(parameter.nbytes for parameter in model.parameters())
     return {
-        "dense_composite": total - packed + dense,
+        "dense_composite": total - packed - replaced + dense,
         "composite": total,
         "experts_dense": dense,
         "experts_packed": packed,

@@ -26,6 +26,10 @@ ROWS = {
     "random": "composite, random route",
     "sequence_level": "composite, one route a sequence",
     "oracle": "composite, oracle route (own-domain expert)",
+    "mixture": "mixture of FFN experts instead, learned router",
+    "mixture_oracle": "mixture of FFN experts instead, oracle route",
+    "routed": "routed deltas of every linear instead, learned router",
+    "routed_oracle": "routed deltas of every linear instead, oracle route",
 }
 MEASURES = {
     "loss": ("Loss, nats per token", "{:.3f}"),
@@ -35,10 +39,16 @@ MEASURES = {
 SIZES = {
     "dense_composite": "composite of dense experts",
     "composite": "composite, sparse experts",
+    "dense_model": "the same, dense",
+    "model": "model",
     "experts_dense": "expert matrices alone, dense",
     "experts_packed": "expert matrices alone, packed",
 }
-DENSE_OF = {"composite": "dense_composite", "experts_packed": "experts_dense"}
+DENSE_OF = {
+    "composite": "dense_composite",
+    "model": "dense_model",
+    "experts_packed": "experts_dense",
+}
 SPEED_OF = {"dense_composite": "composite_dense"}
 
 

@@ -19,7 +19,7 @@ from moiety.experts.prune import prune
 from moiety.experts.source import resolve
 from moiety.files import digest, digest_of_folder
 from moiety.progress import SILENT, Progress
-from moiety.text import Windows, digest_documents, read_documents, token_windows
+from moiety.text import Windows, digest_documents, token_windows
 from moiety.version import __version__
 
 
@@ -57,8 +57,9 @@ class Builder(ABC):
     def inputs(self) -> dict[str, Any]:
         """Digests of every model and calibration text, and the version: what results hang on."""
         texts = {
-            expert.name: digest_documents(read_documents(expert.domain.calibration))
+            expert.name: digest_documents(expert.domain.documents())
             for expert in self.recipe.experts
+            if expert.domain.has_text
         }
         models = {name: digest_of_folder(c.folder) for name, c in self.finetunes.items()}
         base = digest_of_folder(self.base.folder)
@@ -76,7 +77,7 @@ class Builder(ABC):
         return {
             expert.name: token_windows(
                 self.tokenizer,
-                read_documents(expert.domain.calibration),
+                expert.domain.documents(),
                 self.recipe.context_length,
                 self.recipe.calibration_windows,
             )
@@ -98,13 +99,13 @@ class Builder(ABC):
         inputs = {
             "version": __version__,
             "model": self.inputs["models"][expert.name],
-            "text": self.inputs["texts"][expert.name],
+            "text": digest_documents(expert.domain.documents()),
             "settings": vars(settings),
             **({} if base is None else {"base": self.inputs["base"]}),
         }
 
         def make(scratch: Path) -> None:
-            model, text = self.finetunes[expert.name].folder, expert.domain.calibration
+            model, text = self.finetunes[expert.name].folder, list(expert.domain.documents())
             work = self.stages.folder / "pruning"
             prune(model, scratch / "model", text, settings, self.progress, base=base, work=work)
 

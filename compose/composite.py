@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import moiety.compose.routed
 import moiety.experts.quantizer  # noqa: F401
 from moiety.errors import InputError
 from moiety.experts.checkpoint import Checkpoint, local_folder
@@ -78,8 +79,10 @@ def save_gates(folder: Path, model: PreTrainedModel) -> None:
 
 
 def _on_disk(name: str, checkpoint: Checkpoint) -> str:
-    """The name that a gate's weight has in the files, which for a Mixtral is another one."""
-    for spelling in (name, name.replace(".mlp.gate.", ".block_sparse_moe.gate.")):
+    """The name that a gate's weight has in the files, which some architectures spell otherwise."""
+    mixtral = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
+    granite = name.replace(".router.weight", ".router.layer.weight")
+    for spelling in (name, mixtral, granite):
         if spelling in checkpoint:
             return spelling
     raise InputError(f"expected tensor {name} in {checkpoint.folder}, but there is none")

@@ -13,8 +13,8 @@ from torch import Tensor
 from moiety.compose import shared
 from moiety.compose.builder import Builder
 from moiety.compose.composite import Composite, gate_weights, open_composite
+from moiety.compose.learning import route_model
 from moiety.compose.recipe import Mixture, Routed
-from moiety.compose.route import route_model
 from moiety.files import read_json, write_json
 
 
@@ -42,6 +42,13 @@ class RoutingBuilder(Builder):
     ) -> None:
         """Write the composite with these shared tensors and gates (None: they prefer no expert)."""
 
+    @abstractmethod
+    def twin(self, name: str | None) -> dict[str, Tensor]:
+        """The dense tensors, in the base's architecture, that a one-hot route stands for.
+
+        With `name` None, those of no expert: the shared part, and the base where it is dense.
+        """
+
     def write(self, folder: Path, *, dense: bool = False) -> None:
         """Run what is not done yet and write the composite into an empty folder."""
         self.assemble(folder, self.shared_tensors, self.gates, dense=dense)
@@ -56,11 +63,11 @@ class RoutingBuilder(Builder):
     @cached_property
     def chosen(self) -> Path:
         """Folder of the shared part: `shared.safetensors` and `choice.json`."""
-        settings = self.settings.model_dump(exclude={"top_k"})
+        settings = {**self.settings.model_dump(exclude={"top_k"}), "seed": self.recipe.seed}
         return self.stages.run("shared", self.stage_inputs(settings), self._choose)
 
     def _choose(self, scratch: Path) -> None:
-        tried = shared.candidates(self.settings)
+        tried = shared.candidates(self.settings, self.recipe.seed)
         losses = {tried[0]: float("nan")}
         if len(tried) > 1:
             start = self._tensors(tried[0])

@@ -29,6 +29,7 @@ class Candidate:
     source: str
     weight: float | None = None
     merging: Merging | None = field(default=None, compare=False)
+    seed: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         return self.source if self.weight is None else f"{self.source} {self.weight:g}"
@@ -41,7 +42,7 @@ class Candidate:
     ) -> Mapping[str, Tensor]:
         """The tensors whose name `keep` accepts."""
         if self.merging is not None:
-            return merge.merged(base, finetunes, self.merging, keep)
+            return merge.merged(base, finetunes, self.merging, keep, self.seed)
         if self.source in finetunes:
             return {name: finetunes[self.source][name] for name in base if keep(name)}
         match self.source:
@@ -53,10 +54,10 @@ class Candidate:
         return merge.task_arithmetic(base, finetunes, self.weight, keep)
 
 
-def candidates(settings: Mixture | Routed) -> list[Candidate]:
-    """What `compose.shared` asks to be tried."""
+def candidates(settings: Mixture | Routed, seed: int = 0) -> list[Candidate]:
+    """What `compose.shared` asks to be tried; random merges take `seed`."""
     if isinstance(settings.shared, Merging):
-        return [Candidate(settings.shared.method, merging=settings.shared)]
+        return [Candidate(settings.shared.method, merging=settings.shared, seed=seed)]
     if settings.shared == "auto":
         weighted = [Candidate("task_arithmetic", weight) for weight in WEIGHTS]
         return [Candidate("base"), Candidate("soup"), *weighted]

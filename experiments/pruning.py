@@ -141,7 +141,7 @@ class Lab:
     def finetunes(self) -> list[Finetune]:
         """Name, model and calibration text of each."""
         return [
-            Finetune(name=expert.name, model=expert.model, data=expert.domain.calibration)
+            Finetune(name=expert.name, model=expert.model, data=list(expert.domain.documents()))
             for expert in self.recipe.experts
         ]
 

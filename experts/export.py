@@ -109,6 +109,8 @@ def _tensors(
 def _write_config(source: Path, target: Path, dtype: torch.dtype | None) -> None:
     fields = read_json(source / "config.json")
     del fields["quantization_config"]
+    if str((fields.get("auto_map") or {}).get("AutoConfig", "")).startswith("moiety_shim."):
+        del fields["auto_map"]
     if dtype is not None:
         fields.pop("torch_dtype", None)
         fields["dtype"] = _name(dtype)

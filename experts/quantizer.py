@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -20,7 +21,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moiety.errors import InputError
-from moiety.experts.modules import SparseExperts, SparseLinear
+from moiety.experts.modules import PackedModule, SparseExperts, SparseLinear
 from moiety.experts.packing import VALUES, VERSION
 from moiety.experts.pattern import Pattern
 
@@ -157,6 +158,23 @@ class PackedQuantizer(HfQuantizer):
             return None
         return super().get_new_dtype(converter, param, dtype)
 
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """As transformers does, and where a weight is only renamed its mask and scales follow."""
+        updated = super().update_weight_conversions(weight_conversions, model)
+        renamed = [one for one in weight_conversions if isinstance(one, WeightRenaming)]
+        pairs = {
+            source: rename.target_patterns[0]
+            for rename in renamed
+            for source in rename.source_patterns
+        }
+        followers = [
+            WeightRenaming(source + end, target + end)
+            for source, target in pairs.items()
+            for end in ("_mask", "_scale")
+            if source.endswith("weight") and self._is_packed(f".{target}{end}")
+        ]
+        return [*followers, *updated]
+
     def _is_packed(self, target: str) -> bool:
         """Whether a parameter's name, or its end where it begins with a dot, is a packed one."""
         if target.startswith("."):
@@ -183,7 +201,7 @@ class PackedQuantizer(HfQuantizer):
         for name in self.quantization_config.modules:
             module = model.get_submodule(name)
             module.requires_grad_(False)
-            if isinstance(module, SparseLinear | SparseExperts):
+            if isinstance(module, PackedModule):
                 module.check(name)
                 module.prepare()
         return model
@@ -191,10 +209,11 @@ class PackedQuantizer(HfQuantizer):
 
 def replace_with_sparse(
     model: nn.Module, name: str, pattern: Pattern, values: str | None = None
-) -> SparseLinear | SparseExperts:
+) -> PackedModule:
     """Put an empty sparse module (meta device) in the place of the stock one called `name`.
 
-    Raises InputError when there is no such module or it cannot be packed so.
+    A module that is packed already stays: our own model classes make theirs themselves. Raises
+    InputError when there is no such module or it cannot be packed so.
     """
     try:
         parent, attribute = get_module_from_name(model, name)
@@ -204,6 +223,8 @@ def replace_with_sparse(
             f"expected a module {name}, as the checkpoint's quantization_config says, "
             f"but {type(model).__name__} has none"
         ) from error
+    if isinstance(stock, PackedModule):
+        return stock
     try:
         with torch.device("meta"):
             sparse = _sparse_like(stock, model, pattern, values)

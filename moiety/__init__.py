@@ -13,4 +13,6 @@ __all__ = ["__version__"]
 
 @wrapt.when_imported("transformers.modeling_utils")
 def _register_packed_format(_module: object) -> None:
+    import moiety.compose.ensemble
+    import moiety.compose.routed
     import moiety.experts.quantizer  # noqa: F401

@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class OutputError(OSError):
     """A place to write cannot be used; nothing has been written."""
+
+
+class InvariantError(RuntimeError):
+    """What was built is not what was asked for: a defect here; nothing has been written."""

@@ -13,6 +13,7 @@ from moiety.routers.gates import (
     uniform,
     watched,
 )
+from moiety.routers.router import Router
 from moiety.routers.settings import TrainReport, TrainSettings
 from moiety.routers.statistics import GateStatistics, collect, merge
 from moiety.routers.train import train
@@ -25,6 +26,7 @@ __all__ = [
     "GateStatistics",
     "Route",
     "RoutePolicy",
+    "Router",
     "TrainReport",
     "TrainSettings",
     "collect",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moiety.errors import InputError
+from moiety.routers.router import Router
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,16 @@ RoutePolicy = Callable[[Gate, Tensor], tuple[Tensor, Tensor]]
 def find_gates(model: nn.Module) -> list[Gate]:
     """The gates of a model in layer order.
 
-    A gate is the child `gate` (or `router`) of a module that also has a child `experts`, as in
-    Mixtral, Qwen-MoE, OLMoE and DeepSeek. Raises InputError when there is none.
+    A gate is our own `Router`, or the child `gate` (or `router`) of a module that also has a child
+    `experts`, as in Mixtral, Qwen-MoE, OLMoE and DeepSeek. Raises InputError when there is none.
     """
     gates: list[Gate] = []
     for name, block in model.named_modules():
         for child in ("gate", "router"):
             module = getattr(block, child, None)
-            if isinstance(module, nn.Module) and isinstance(
-                getattr(block, "experts", None), nn.Module
-            ):
-                gates.append(_gate(f"{name}.{child}", len(gates), module, block))
+            stock = isinstance(getattr(block, "experts", None), nn.Module)
+            if isinstance(module, Router) or (isinstance(module, nn.Module) and stock):
+                gates.append(_gate(f"{name}.{child}".lstrip("."), len(gates), module, block))
                 break
     if not gates:
         raise InputError(

@@ -76,9 +76,14 @@ def input_device(model: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def run_decoder(model: nn.Module, windows: Windows) -> None:
-    """Run the decoder for what its gates see: no vocabulary logits, no cache, no gradient."""
+    """Run the decoder for what its gates see: no cache, no gradient.
+
+    Vocabulary logits are left out, unless the head has a gate of its own.
+    """
     device = input_device(model)
-    decoder = getattr(model, "base_model", model)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    routed_head = isinstance(getattr(head, "router", None), nn.Module)
+    decoder = model if routed_head else getattr(model, "base_model", model)
     decoder(
         input_ids=windows.ids_WC.to(device),
         attention_mask=windows.mask_WC.to(device),

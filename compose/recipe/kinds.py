@@ -42,7 +42,9 @@ class WithShared(Part):
     """
 
     shared: str | Merging = "auto"
+    """auto, base, soup, task_arithmetic, an expert's name, or {method: ..., parameters: ...}"""
     shared_weight: float = Field(default=0.25, gt=0, le=2)
+    """weight on every task vector, for shared: task_arithmetic"""
 
     def check(self, names: Sequence[str]) -> None:
         """Raise ValueError unless `shared` is a known word or one of the experts' `names`."""
@@ -61,8 +63,11 @@ class Mixture(WithShared):
     """
 
     kind: Literal["mixture"] = "mixture"
+    """sparse FFN experts in a stock MoE; other kinds: routed, merge, ensemble"""
     top_k: int = Field(default=2, ge=1)
+    """experts that a token is sent to"""
     layers: Literal["all"] | list[Annotated[int, Field(ge=0)]] = "all"
+    """all, or the numbers of the layers with experts, such as [4, 5, 6]"""
 
 
 class Routed(WithShared):
@@ -75,12 +80,19 @@ class Routed(WithShared):
     """
 
     kind: Literal["routed"] = "routed"
+    """every pruned linear is routed; other kinds: mixture, merge, ensemble"""
     base: Literal["dense", "none"] = "dense"
+    """dense: the base's weights plus sparse deltas; none: whole sparse weights"""
     top_k: int = Field(default=1, ge=1)
+    """experts that a token is sent to"""
     routers: Literal["layer", "split"] = "layer"
+    """one a layer, or one each for its attention and its FFN"""
     norms: Literal["shared", "routed"] = "shared"
+    """from the shared part, or each expert's own"""
     embeddings: Literal["shared", "routed"] = "shared"
+    """from the shared part, or each expert's own"""
     head: Literal["shared", "routed"] = "shared"
+    """an untied head: from the shared part, or each expert's own"""
 
 
 class Merge(Part):
@@ -89,17 +101,43 @@ class Merge(Part):
     `sparse`: `shared_mask` (one mask for all finetunes, so that a weighted sum keeps it),
     `reprune` (the dense merge is pruned on all domains' text), `conflict_aware` (the base stays
     dense, the merged task vector has the pattern, each place is one finetune's), or `none`.
+    `weight: auto`, as task arithmetic has it if none is given, takes the weight that the
+    calibration text prefers.
     """
 
     kind: Literal["merge"] = "merge"
+    """one static sparse model; other kinds: mixture, routed, ensemble"""
     method: str = "task_arithmetic"
-    parameters: dict[str, Weight | bool] = Field(default={})
+    """any of mergekit's methods, such as ties, dare_ties, sce, linear"""
+    parameters: dict[str, Weight | bool | Literal["auto"]] = Field(default={})
+    """the method's, each one value or one for each expert by name; weight: auto is chosen"""
     sparse: Literal["shared_mask", "reprune", "conflict_aware", "none"] = "reprune"
+    """shared_mask, reprune, conflict_aware or none"""
 
     @field_validator("method")
     @classmethod
     def _method(cls, value: str) -> str:
         return _known_method(value)
+
+    @field_validator("parameters")
+    @classmethod
+    def _auto(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, given in value.items():
+            if given == "auto" and name != "weight":
+                raise ValueError(f"only weight can be auto, but {name} is")
+        return value
+
+    @property
+    def chooses_weight(self) -> bool:
+        """Whether one weight for all finetunes is chosen on calibration text."""
+        default = "auto" if self.method == "task_arithmetic" else None
+        return self.parameters.get("weight", default) == "auto"
+
+    def merging(self, weight: float | None = None) -> Merging:
+        """The method and its parameters, with the `weight` that was chosen."""
+        given = {n: v for n, v in self.parameters.items() if not isinstance(v, str)}
+        chosen = {} if weight is None else {"weight": weight}
+        return Merging(method=self.method, parameters={**given, **chosen})
 
 
 class Ensemble(Part):
@@ -110,7 +148,9 @@ class Ensemble(Part):
     """
 
     kind: Literal["ensemble"] = "ensemble"
+    """all sparse experts side by side; other kinds: mixture, routed, merge"""
     prior: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
+    """weights before any text, by expert's name; {}: equal"""
 
 
 KINDS: dict[str, type[Part]] = {

@@ -2,15 +2,16 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 import yaml
+from pydantic.fields import FieldInfo
 
-from moiety.compose.recipe.kinds import KINDS, Merging
-from moiety.compose.recipe.sections import Domain, Evaluate, Expert, Part, Prune, Route
+from moiety.compose.recipe.kinds import KINDS
+from moiety.compose.recipe.sections import Part
 from moiety.errors import InputError
 
 
@@ -25,15 +26,6 @@ RecipeLoader.yaml_implicit_resolvers = {
 }
 RecipeLoader.add_implicit_resolver(_INTEGER, re.compile(r"[-+]?\d+$"), list("-+0123456789"))
 
-SECTIONS: Mapping[str, type[Part]] = {
-    "prune": Prune,
-    "route": Route,
-    "evaluate": Evaluate,
-    "experts": Expert,
-    "domain": Domain,
-    "shared": Merging,
-}
-
 
 def read_yaml(path: Path) -> tuple[Any, Any]:
     """The tree and the values of a YAML file that holds a mapping; InputError if it does not."""
@@ -47,7 +39,24 @@ def read_yaml(path: Path) -> tuple[Any, Any]:
         raise InputError(f"expected YAML in {path}, but: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"expected fields such as base and experts in {path}, but found none")
+    if twice := list(_twice(tree)):
+        raise InputError(f"{path} says the same field twice: {'; '.join(twice)}; keep one of them")
     return tree, values
+
+
+def _twice(node: Any) -> Iterator[str]:
+    """Keys given again in one mapping, of which YAML would silently take the last."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _twice(item)
+    if isinstance(node, yaml.MappingNode):
+        seen: set[Any] = set()
+        for key, value in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name in seen:
+                yield f"line {key.start_mark.line + 1}: {name}"
+            seen.add(name)
+            yield from _twice(value)
 
 
 def explain(path: Path, tree: Any, error: pydantic.ValidationError, top: type[Part]) -> str:
@@ -59,16 +68,19 @@ def explain(path: Path, tree: Any, error: pydantic.ValidationError, top: type[Pa
 def _problem(tree: Any, detail: Any, top: type[Part]) -> str:
     location, kind = _location(detail["loc"])
     field = ".".join(str(part) for part in location)
-    line = _line(tree, location)
+    line = line_of(tree, location)
     if detail["type"] == "extra_forbidden":
         return f"line {line}: unknown field {field}{_nearest(location, kind, top)}"
     message = detail["msg"].removeprefix("Value error, ")
     got = "" if detail["type"] == "missing" else f", but it is {detail['input']!r}"
     if detail["type"] == "union_tag_invalid":
         location, field = (*location, "kind"), f"{field}.kind"
-        line = _line(tree, location)
+        line = line_of(tree, location)
         message = f"expected {detail['ctx']['expected_tags']}"
         got = f", but it is {detail['ctx']['tag']!r}"
+        got += _nearest_value(detail["ctx"]["tag"], detail["ctx"]["expected_tags"])
+    if detail["type"] == "literal_error":
+        got += _nearest_value(detail["input"], detail["ctx"]["expected"])
     return f"line {line}: {message}" if not field else f"line {line}: {field}: {message}{got}"
 
 
@@ -88,14 +100,33 @@ def _nearest(location: tuple[str | int, ...], kind: str | None, top: type[Part])
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}"
 
 
-def _fields_at(location: tuple[str | int, ...], kind: str | None, top: type[Part]) -> list[str]:
-    names = [part for part in location if isinstance(part, str)]
-    if names == ["compose"]:
-        return list(KINDS[kind or "mixture"].model_fields)
-    return list((SECTIONS[names[-1]] if names else top).model_fields)
+def _nearest_value(given: Any, expected: str) -> str:
+    close = difflib.get_close_matches(str(given), re.findall(r"'([^']+)'", expected), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
-def _line(node: Any, location: tuple[str | int, ...]) -> int:
+def _fields_at(
+    location: tuple[str | int, ...], kind: str | None, top: type[Part]
+) -> dict[str, FieldInfo]:
+    """The fields known at a place, found by walking the sections' types from the top."""
+    part = top
+    for name in location:
+        if name == "compose":
+            part = KINDS[kind or "mixture"]
+        elif isinstance(name, str) and name in part.model_fields:
+            part = next(_parts_in(part.model_fields[name].annotation), part)
+    return part.model_fields
+
+
+def _parts_in(annotation: Any) -> Iterator[type[Part]]:
+    """The sections that a type such as `str | Merging` or `list[Expert]` may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Part):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _parts_in(inner)
+
+
+def line_of(node: Any, location: tuple[str | int, ...]) -> int:
     """The line (from 1) of the deepest part of `location` that the YAML tree holds."""
     line = node.start_mark.line + 1
     for part in location:

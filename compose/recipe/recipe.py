@@ -1,12 +1,15 @@
 """A whole recipe: what to compose, from what, and how it is measured."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import pydantic
 import yaml
 from pydantic import Field, model_validator
 
-from moiety.compose.recipe.kinds import Compose, Mixture, Routed, WithShared
+from moiety.compose.recipe.kinds import Compose, Ensemble, Merge, Mixture, Routed, WithShared
+from moiety.compose.recipe.mergekit import is_mergekit, translate
 from moiety.compose.recipe.reading import explain, read_yaml
 from moiety.compose.recipe.sections import Domain, Evaluate, Expert, Part, Prune, Route
 from moiety.errors import InputError
@@ -18,11 +21,19 @@ class Recipe(Part):
     """A whole build. Relative paths are relative to the recipe file."""
 
     base: str
+    """the model that all experts were finetuned from: a folder or a hub id"""
     experts: list[Expert] = Field(min_length=2)
+    """the finetunes, at least two"""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """null: any; else what the base must be stored in, as nothing is converted"""
     context_length: int = Field(default=512, ge=16)
+    """tokens in a window of text"""
     calibration_windows: int = Field(default=128, ge=8)
+    """windows of calibration text a domain, at most"""
     batch_size: int = Field(default=8, ge=1)
+    """windows that go through a model at a time"""
     seed: int = Field(default=0, ge=0)
+    """seed of every random choice"""
     prune: Prune = Prune()
     compose: Compose = Mixture()
     route: Route = Route()
@@ -42,6 +53,8 @@ class Recipe(Part):
             )
         if isinstance(kind, WithShared):
             kind.check(names)
+        if isinstance(kind, Ensemble):
+            _check_named("compose.prior", kind.prior, names)
         if isinstance(kind, Mixture) and self.sites != "ffn":
             raise ValueError(
                 "prune.sites must be ffn for kind mixture, whose experts are FFNs, but it is "
@@ -53,6 +66,12 @@ class Recipe(Part):
     def names(self) -> list[str]:
         """The experts' names in order."""
         return [expert.name for expert in self.experts]
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether building needs calibration text: all does but a dense merge of given weights."""
+        kind = self.compose
+        return not (isinstance(kind, Merge) and kind.sparse == "none" and not kind.chooses_weight)
 
     @property
     def sites(self) -> str:
@@ -72,14 +91,41 @@ class Recipe(Part):
 
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":
-        """Read a YAML recipe; InputError names the file, the line, the field and the rule."""
+        """Read a YAML recipe; InputError names the file, the line, the field and the rule.
+
+        A file of mergekit-yaml or mergekit-moe is translated; see docs/recipes.md.
+        """
         path = Path(path)
         tree, values = read_yaml(path)
+        if is_mergekit(values):
+            values = translate(path, tree, values)
         try:
             recipe = cls.model_validate(values)
         except pydantic.ValidationError as error:
             raise InputError(explain(path, tree, error, cls)) from error
         return recipe.resolved(path.parent)
+
+    def with_data(
+        self, calibration: Mapping[str, str], heldout: Mapping[str, str] | None = None
+    ) -> "Recipe":
+        """The same recipe with other text for the experts named; InputError for another name."""
+        heldout = heldout or {}
+        for given in (calibration, heldout):
+            if unknown := sorted(set(given) - set(self.names)):
+                raise InputError(
+                    f"expected text for the experts {', '.join(self.names)}, "
+                    f"but {unknown[0]} is none of them"
+                )
+
+        def changed(expert: Expert) -> Expert:
+            text: dict[str, Any] = {}
+            if expert.name in calibration:
+                text = {"calibration": calibration[expert.name], "prompts": ()}
+            if expert.name in heldout:
+                text["heldout"] = heldout[expert.name]
+            return expert.model_copy(update={"domain": expert.domain.model_copy(update=text)})
+
+        return self.model_copy(update={"experts": [changed(expert) for expert in self.experts]})
 
     def resolved(self, folder: Path) -> "Recipe":
         """The same recipe with relative paths that exist below `folder` made absolute."""
@@ -88,15 +134,14 @@ class Recipe(Part):
             path = folder / Path(value).expanduser()
             return str(path.resolve()) if path.exists() else value
 
+        def text(domain: Domain) -> Domain:
+            named = {"calibration": domain.calibration, "heldout": domain.heldout}
+            changes = {kind: path and resolve(path) for kind, path in named.items()}
+            return domain.model_copy(update=changes)
+
         experts = [
             expert.model_copy(
-                update={
-                    "model": resolve(expert.model),
-                    "domain": Domain(
-                        calibration=resolve(expert.domain.calibration),
-                        heldout=expert.domain.heldout and resolve(expert.domain.heldout),
-                    ),
-                }
+                update={"model": resolve(expert.model), "domain": text(expert.domain)}
             )
             for expert in self.experts
         ]
@@ -107,4 +152,12 @@ class Recipe(Part):
 
     def to_yaml(self) -> str:
         """The recipe as YAML, every field written out."""
-        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, width=100)
+        values = self.model_dump(mode="json", exclude_none=True)
+        return yaml.safe_dump(values, sort_keys=False, width=100)
+
+
+def _check_named(field: str, given: Iterable[str], names: list[str]) -> None:
+    if unknown := sorted(set(given) - set(names)):
+        raise ValueError(
+            f"{field} must be by the experts' names ({', '.join(names)}), but it has {unknown[0]!r}"
+        )

@@ -1,7 +1,7 @@
-"""Commands that turn many experts into one model: build, route."""
+"""Commands that turn many experts into one model: recipe, build, route."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,14 +19,70 @@ from moiety.commands.common import (
 from moiety.console import ConsoleProgress
 from moiety.errors import InputError
 
+if TYPE_CHECKING:
+    from moiety.analysis.tables import Table
+    from moiety.compose import Recipe
+
+
+LABELS = {"shared": "shared part from", "gate_parameters": "trainable parameters (the gates)"}
+recipe_app = typer.Typer(
+    no_args_is_help=True, help="Recipes: what to compose, from what, in one file."
+)
+app.add_typer(recipe_app, name="recipe", rich_help_panel=PIPELINE)
+SomeData = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="NAME=FILE", help="An expert's calibration text; repeat."),
+]
+
+
+@recipe_app.callback()
+def _recipes() -> None:
+    """Keeps `init` a command of its own while it is the only one."""
+
+
+@recipe_app.command()
+def init(
+    models: Annotated[list[str], typer.Argument(help="Finetunes: folders, hub ids, adapters.")],
+    out: Annotated[Path, typer.Option(help="New recipe, a YAML file.")],
+    base: Annotated[
+        str | None, typer.Option(help="Their base; default: what their own files name.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="mixture, routed, merge or ensemble.")] = "mixture",
+    data: SomeData = None,
+    heldout: Annotated[
+        list[str] | None,
+        typer.Option("--heldout", metavar="NAME=FILE", help="An expert's held-out text; repeat."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a recipe with every setting explained, to start from."""
+    from moiety.compose.recipe import init_recipe
+
+    quiet_libraries()
+    calibration, measured = pairs(data or []), pairs(heldout or [], "--heldout")
+    made = init_recipe(models, out, base=base, kind=kind, data=calibration, heldout=measured)
+    progress = ConsoleProgress()
+    for told in made.notes:
+        progress.note(f"note: {told}")
+    progress.note(f"wrote {out}")
+    if as_json:
+        show(made.to_dict(), [], as_json)
+
 
 @app.command(rich_help_panel=PIPELINE)
 def build(
-    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe, or a mergekit file; YAML.")],
     out: Annotated[Path, typer.Option(help="New folder for the composite.")],
     work: Annotated[Path | None, typer.Option(help="Stages; default: OUT.stages.")] = None,
+    data: SomeData = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan and stop.")
+    ] = False,
     measure: Annotated[
         bool, typer.Option(help="Measure it with all controls, if held-out text is given.")
+    ] = True,
+    check: Annotated[
+        bool, typer.Option(help="Check on these models what must hold of any composite.")
     ] = True,
     as_json: Json = False,
 ) -> None:
@@ -35,21 +91,110 @@ def build(
     from moiety.analysis.tables import Table, controls_table, resources_table
     from moiety.compose import Recipe, default_work
     from moiety.compose import build as run
+    from moiety.compose.card import write_card
 
     quiet_libraries()
     read, work, progress = Recipe.read(recipe), work or default_work(out), ConsoleProgress()
-    report = run(read, out, work=work, progress=progress)
+    read = read.with_data(pairs(data or []))
+    if dry_run:
+        _dry_run(read, work, progress, as_json)
+        return
+    report = run(read, out, work=work, check=check, progress=progress)
     values = report.to_dict()
     rows = [
         ("kind", report.kind),
-        *((name.replace("_", " "), str(value)) for name, value in report.facts.items()),
+        *(
+            (LABELS.get(name, name.replace("_", " ")), str(value))
+            for name, value in report.facts.items()
+            if not isinstance(value, dict | list)
+        ),
         *((f"seconds, {stage}", f"{seconds:.1f}") for stage, seconds in report.seconds.items()),
     ]
     tables = [Table(title=f"composite in {out}", columns=("", ""), rows=tuple(rows))]
+    if report.invariants:
+        tables.append(_invariants_table(report.invariants))
     if measure and all(expert.domain.heldout for expert in read.experts):
         values["results"] = results = evaluate_build(read, report.composite, work, progress)
+        write_card(report.composite, read, report, results, report.invariants)
         tables += [controls_table(results), resources_table(results)]
     show(values, tables, as_json)
+
+
+def _invariants_table(invariants: list[dict[str, Any]]) -> "Table":
+    from moiety.analysis.tables import Table
+
+    rows = tuple(
+        (one["statement"], f"{one['difference']:.1e}", "yes" if one["holds"] else "NO")
+        for one in invariants
+    )
+    columns = ("checked on these models, in fp32", "difference of logits", "holds")
+    return Table(title="Invariants", columns=columns, rows=rows)
+
+
+def _dry_run(recipe: "Recipe", work: Path, progress: ConsoleProgress, as_json: bool) -> None:
+    """The notes and the plan of a build, or why it would be refused."""
+    from moiety.analysis.tables import Table, size
+    from moiety.compose.plan import COLUMNS, plan
+    from moiety.compose.preflight import preflight
+
+    notes = preflight(recipe)
+    for told in notes:
+        progress.note(f"note: {told}")
+    planned = plan(recipe, work)
+    table = Table(
+        title=f"plan of a {planned.kind}, stages in {work}",
+        columns=COLUMNS,
+        rows=tuple(planned.rows()),
+        note=f"The finetunes take {size(planned.dense_bytes)} dense, the composite "
+        f"{size(planned.composite_bytes)}. Memory and time are estimates.",
+    )
+    show({**planned.to_dict(), "notes": notes}, [table], as_json)
+
+
+@app.command(rich_help_panel=PIPELINE)
+def edit(
+    model: Annotated[Path, typer.Argument(help="Folder of a composite.")],
+    out: Annotated[Path, typer.Option(help="New folder for the changed composite.")],
+    add: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=MODEL", help="Add a finetune; repeat.")
+    ] = None,
+    data: SomeData = None,
+    remove: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Leave an expert out; repeat.")
+    ] = None,
+    replace: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=MODEL", help="Another model; repeat.")
+    ] = None,
+    work: Annotated[Path | None, typer.Option(help="Stages; default: MODEL.stages.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Add, remove or replace experts; the others are not pruned again."""
+    from moiety.analysis.tables import Table
+    from moiety.compose import edit as run
+    from moiety.compose.recipe import Domain, Expert
+
+    quiet_libraries()
+    added, texts = pairs(add or [], "--add"), pairs(data or [])
+    if set(texts) - set(added):
+        raise InputError(
+            f"expected --data for experts that --add names, but {sorted(set(texts) - set(added))[0]}"
+            " is none; experts that stay keep their text"
+        )
+    report = run(
+        model,
+        out,
+        add=[
+            Expert(name=name, model=path, domain=Domain(calibration=texts.get(name)))
+            for name, path in added.items()
+        ],
+        remove=remove or [],
+        replace=pairs(replace or [], "--replace"),
+        work=work,
+        progress=ConsoleProgress(),
+    )
+    rows = tuple((name, str(path)) for name, path in report.experts.items())
+    table = Table(title=f"composite in {out}", columns=("expert", "pruned in"), rows=rows)
+    show(report.to_dict(), [table, _invariants_table(report.invariants)], as_json)
 
 
 @app.command(rich_help_panel=PIPELINE)

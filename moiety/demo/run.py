@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from moiety.analysis import Trace, report, summarise, trace
-from moiety.analysis.controls import evaluate_build
+from moiety.analysis.controls import evaluate_build, evaluate_routes
 from moiety.analysis.evaluate import continue_greedily
 from moiety.analysis.samples import read_samples, samples_to_rich
 from moiety.analysis.statistics import RoutingSummary
 from moiety.analysis.tables import controls_table, resources_table, routing_table
 from moiety.compose import BuildReport, Recipe, build, open_composite
-from moiety.compose.recipe import Domain, Evaluate, Expert, Route
+from moiety.compose.kinds import builder_of
+from moiety.compose.recipe import Domain, Evaluate, Expert, Mixture, Route, Routed
+from moiety.compose.routing import RoutingBuilder
 from moiety.compose.stages import Stages
 from moiety.demo.models import FULL, QUICK, DemoModels, DemoSize, prepare
 from moiety.errors import OutputError
+from moiety.experts.checkpoint import digest_of_model
 from moiety.files import (
     check_new_folder,
-    digest_of_folder,
     read_json,
     write_json,
     write_text,
@@ -113,18 +115,38 @@ class Demo:
             models = prepare(
                 self.size, seed=self.seed, cache=cache, fresh=fresh, progress=self.progress
             )
-        recipe = make_recipe(self.size, models, self.seed)
+        recipes = make_recipes(self.size, models, self.seed)
+        losses = {kind: self._held_back_loss(recipe) for kind, recipe in recipes.items()}
+        shipped = min(losses, key=lambda kind: losses[kind])
+        [other] = set(recipes) - {shipped}
+        recipe, work = recipes[shipped], self.stages.folder
         write_text(self.out / "recipe.yaml", recipe.to_yaml())
-        work = self.stages.folder
         built = build(recipe, self.out / "composite", work=work, progress=self.progress)
         self.progress.note(
-            f"trainable parameters: {built.facts['gate_parameters']:,}, exactly the gates'; "
-            f"everything else is frozen (shared part from {built.facts['shared']})"
+            f"the {shipped} model is shipped: {losses[shipped]:.4f} nats per token of held-back "
+            f"calibration text against {losses[other]:.4f}; trainable parameters: "
+            f"{built.facts['gate_parameters']:,}, exactly the gates'"
         )
         results = evaluate_build(recipe, built.composite, work, self.progress)
+        self._compare(results, recipes[other], other)
+        results["choices"] |= {"kind": shipped, "held_back_loss": losses}
         self._trace(recipe, built)
         results["samples"] = self._samples(recipe, built)
         self._explain(results, built)
+
+    def _held_back_loss(self, recipe: Recipe) -> float:
+        """What a kind's trained gates reach on calibration documents that none was fitted to."""
+        builder = builder_of(recipe, self.stages, self.progress)
+        assert isinstance(builder, RoutingBuilder)
+        return read_json(builder.routed / "route.json")["training"]["best_loss"]
+
+    def _compare(self, results: dict[str, Any], recipe: Recipe, kind: str) -> None:
+        """Add the rows of the kind that is not shipped."""
+        built = build(recipe, self.out / kind, work=self.stages.folder, progress=self.progress)
+        rows = evaluate_routes(recipe, built.composite, self.stages.folder, self.progress)
+        for measure in ("loss", "bits_per_byte"):
+            results[measure][kind] = rows[measure]["composite"]
+            results[measure][f"{kind}_oracle"] = rows[measure]["oracle"]
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -154,7 +176,9 @@ class Demo:
             composite = open_composite(built.composite)
             samples = {}
             for expert in recipe.experts:
-                text = read_documents(expert.domain.heldout or expert.domain.calibration)[0]
+                own = expert.domain
+                documents = read_documents(own.heldout) if own.heldout else own.documents()
+                text = documents[0]
                 prompt = text[:PROMPT_CHARACTERS].rsplit("\n", 1)[0] + "\n"
                 [written] = continue_greedily(
                     composite.model, composite.tokenizer, [prompt], SAMPLE_TOKENS
@@ -165,7 +189,7 @@ class Demo:
         return read_json(self._stage("samples", built, make) / "samples.json")
 
     def _stage(self, name: str, built: BuildReport, make: Callable[[Path], None]) -> Path:
-        return self.stages.run(name, {"composite": digest_of_folder(built.composite)}, make)
+        return self.stages.run(name, {"composite": digest_of_model(built.composite)}, make)
 
     def _explain(self, results: dict[str, Any], built: BuildReport) -> None:
         summary = summarise(Trace.open(self.out / "trace"))
@@ -183,8 +207,8 @@ class Demo:
         write_json(self.out / "results.json", results)
 
 
-def make_recipe(size: DemoSize, models: DemoModels, seed: int) -> Recipe:
-    """The recipe that `moiety build` reproduces the demo's composite from."""
+def make_recipes(size: DemoSize, models: DemoModels, seed: int) -> dict[str, Recipe]:
+    """The recipes, by kind, that `moiety build` reproduces the demo's composites from."""
     budget = BUDGETS[size.name]
     experts = [
         Expert(
@@ -198,12 +222,17 @@ def make_recipe(size: DemoSize, models: DemoModels, seed: int) -> Recipe:
         for name, folder in models.finetunes.items()
     ]
     problems = {"arithmetic": str(models.corpora / "arithmetic" / "problems.jsonl")}
-    return Recipe(
-        base=str(models.base),
-        experts=experts,
-        context_length=size.context_length,
-        calibration_windows=budget.calibration,
-        seed=seed,
-        route=Route(train_steps=budget.route_steps),
-        evaluate=Evaluate(windows=budget.heldout, problems=problems),
-    )
+    kinds = {"mixture": Mixture(), "routed": Routed(norms="routed")}
+    return {
+        name: Recipe(
+            base=str(models.base),
+            experts=experts,
+            context_length=size.context_length,
+            calibration_windows=budget.calibration,
+            seed=seed,
+            compose=kind,
+            route=Route(train_steps=budget.route_steps),
+            evaluate=Evaluate(windows=budget.heldout, problems=problems),
+        )
+        for name, kind in kinds.items()
+    }

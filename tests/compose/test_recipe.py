@@ -63,6 +63,13 @@ def test_a_recipe_reads_and_writes_itself(tmp_path: Path) -> None:
         ("model: law", "model: [1]", r"line 7: experts\.1\.model: .*string"),
         ("name: law", "name: ../law", r"line 6: experts\.1\.name: .*pattern"),
         ("experts:", "experts: [", "expected YAML"),
+        ("pattern: 2:4", "method: sparsegp", r"prune\.method: .*did you mean sparsegpt\?"),
+        ("kind: mixture", "kind: mixtur", r"compose\.kind: .*did you mean mixture\?"),
+        ("top_k: 1", "shared: {methods: ties}", r"compose\.shared\.methods; did you mean method\?"),
+        ("model: law", "model: law\n    model: law2", r"the same field twice: line 8: model"),
+        ("      heldout", "      prompts: [a]\n      heldout", "calibration or prompts, but both"),
+        ("kind: mixture\n  top_k: 1", "kind: ensemble\n  prior: {cod: 1}", "it has 'cod'"),
+        ("base: base", "base: base\ndtype: bfloat8", r"line 2: dtype: .*did you mean bfloat16\?"),
     ],
 )
 def test_a_mistake_names_its_line_and_field(
@@ -100,3 +107,26 @@ def test_python_objects_say_the_same(world: Any) -> None:
     recipe = Recipe.model_validate(values)
     assert recipe.names == list(world.finetunes)
     assert yaml.safe_load(recipe.to_yaml())["route"]["train_steps"] == 4
+
+
+def test_a_domain_may_be_absent_or_written_here(tmp_path: Path) -> None:
+    text = GOOD.replace("    domain: code.jsonl\n", "").replace(
+        "calibration: law.jsonl", "prompts: [whereas, ' ']"
+    )
+    recipe = read(tmp_path, text)
+    assert [expert.domain.has_text for expert in recipe.experts] == [False, True]
+    assert recipe.experts[1].domain.documents() == ["whereas"]
+    with pytest.raises(InputError, match=r"none is named; give domain\.calibration"):
+        recipe.experts[0].domain.documents()
+    assert read(tmp_path, recipe.to_yaml()) == recipe
+
+
+def test_only_a_dense_merge_of_given_weights_needs_no_text(tmp_path: Path) -> None:
+    for compose, needed in (
+        ("kind: mixture", True),
+        ("kind: merge", True),
+        ("kind: merge\n  sparse: none", True),
+        ("kind: merge\n  sparse: none\n  parameters: {weight: 0.3}", False),
+    ):
+        recipe = read(tmp_path, GOOD.replace("kind: mixture\n  top_k: 1", compose))
+        assert recipe.needs_text is needed

@@ -36,6 +36,7 @@ ROWS = {
     "sequence_level",
     "oracle",
 }
+KINDS = {"mixture", "routed"}
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +65,30 @@ def results(folder: Path, output: str) -> dict[str, Any]:
     return json.loads((folder / "out" / "results.json").read_text())
 
 
-def test_everything_is_written(folder: Path, output: str) -> None:
+def other_kind(results: dict[str, Any]) -> str:
+    """The kind that was built and measured but not shipped."""
+    [other] = KINDS - {results["choices"]["kind"]}
+    return other
+
+
+def test_the_better_kind_is_shipped(folder: Path, results: dict[str, Any]) -> None:
+    losses = results["choices"]["held_back_loss"]
+    assert losses.keys() == KINDS
+    assert min(losses, key=losses.__getitem__) == results["choices"]["kind"]
+    record = json.loads((folder / "out" / "composite" / "build.json").read_text())
+    assert record["kind"] == results["choices"]["kind"]
+    assert record["invariants"] and all(one["holds"] for one in record["invariants"])
+    assert "base_model" in (folder / "out" / "composite" / "README.md").read_text()
+
+
+def test_everything_is_written(folder: Path, results: dict[str, Any]) -> None:
     names = {path.name for path in (folder / "out").iterdir()}
     assert names == {
         "demo.json",
         "stages",
         "recipe.yaml",
         "composite",
+        other_kind(results),
         "trace",
         "report.html",
         "results.json",
@@ -84,7 +102,8 @@ def test_results_hold_every_control(results: dict[str, Any]) -> None:
     assert results["domains"] == domains
     assert results["seed"] == 0 and results["context_length"] == 128
     for measure in ("loss", "bits_per_byte"):
-        assert results[measure].keys() == ROWS
+        other = other_kind(results)
+        assert results[measure].keys() == ROWS | {other, f"{other}_oracle"}
         for row in results[measure].values():
             assert list(row) == domains
             assert all(math.isfinite(value) and value > 0 for value in row.values())

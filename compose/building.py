@@ -1,11 +1,14 @@
 """From a recipe to a composite; what is done stays done."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moiety.compose.builder import Builder
+from moiety.compose.card import write_card
+from moiety.compose.invariants import check_invariants
 from moiety.compose.kinds import builder_of
+from moiety.compose.plan import COLUMNS, plan
 from moiety.compose.preflight import preflight
 from moiety.compose.recipe import Recipe
 from moiety.compose.stages import Stages
@@ -30,6 +33,7 @@ class BuildReport:
     experts: dict[str, Path]
     facts: dict[str, Any]
     seconds: dict[str, float]
+    invariants: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-like form."""
@@ -42,13 +46,16 @@ def build(
     out: str | Path,
     *,
     work: str | Path | None = None,
+    check: bool = True,
     progress: Progress = SILENT,
 ) -> BuildReport:
     """Build the composite of a recipe in folder `out`.
 
     Finished stages are kept in `work` (default: `<out>.stages`), so that an interrupted build
     goes on from the last one and ends with the same files. If `out` already holds this very
-    composite nothing is done; if it holds anything else, OutputError.
+    composite nothing is done; if it holds anything else, OutputError. With `check`, what must
+    hold of any composite is checked on this one (`moiety.compose.invariants`), which needs it and
+    one dense model in memory; nothing is left under `out` if it does not hold.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     out = Path(out).absolute()
@@ -56,12 +63,16 @@ def build(
     if not (out / RECORD).is_file():
         check_new_folder(out)
     progress.note("checking the recipe")
-    preflight(recipe)
+    for told in preflight(recipe):
+        progress.note(f"note: {told}")
+    if progress is not SILENT:
+        _announce(recipe, work, progress)
     builder = builder_of(recipe, Stages(work, progress), progress)
     if (out / RECORD).is_file():
         return _finished(out, builder)
     with new_folder(out) as scratch:
         builder.write(scratch)
+        invariants = check_invariants(builder, scratch, progress) if check else []
         report = BuildReport(
             builder.key,
             recipe.compose.kind,
@@ -69,7 +80,9 @@ def build(
             builder.experts,
             builder.facts(),
             dict(builder.stages.seconds),
+            [invariant.to_dict() for invariant in invariants],
         )
+        write_card(scratch, recipe, report, invariants=report.invariants)
         write_json(scratch / RECORD, report.to_dict())
         write_text(scratch / "recipe.yaml", recipe.to_yaml())
     return report
@@ -79,6 +92,16 @@ def default_work(out: str | Path) -> Path:
     """Where a build keeps its stages unless told otherwise: beside the composite."""
     out = Path(out).absolute()
     return out.with_name(f"{out.name}.stages")
+
+
+def _announce(recipe: Recipe, work: Path, progress: Progress) -> None:
+    """Say what will be done before anything is."""
+    rows = [COLUMNS, *plan(recipe, work).rows()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    for row in rows:
+        first, *others = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        progress.note("  ".join([first, *others]).rstrip())
+    progress.note("memory and time are estimates")
 
 
 def _finished(out: Path, builder: Builder) -> BuildReport:

@@ -1,0 +1,64 @@
+"""Change the experts of a composite that exists: add, remove, replace, prune again."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pydantic
+
+from moiety.compose.building import BuildReport, build, default_work
+from moiety.compose.recipe import Expert, Prune, Recipe
+from moiety.errors import InputError
+from moiety.progress import SILENT, Progress
+
+
+def edit(
+    composite: str | Path,
+    out: str | Path,
+    *,
+    add: Sequence[Expert] = (),
+    remove: Sequence[str] = (),
+    replace: Mapping[str, str] | None = None,
+    prune: Prune | None = None,
+    work: str | Path | None = None,
+    progress: Progress = SILENT,
+) -> BuildReport:
+    """Build the composite in folder `composite` anew in `out`, with other experts.
+
+    `add` appends experts, `remove` names those to leave out, `replace` gives some another model
+    (their text stays), `prune` has all pruned anew. Experts that stay are taken from the stages
+    that the composite was built in (`work`, by default beside it) and not pruned again; the gates
+    and the choice of the shared part are, as they hang on all experts. The composite itself stays
+    as it is. Raises InputError when a name is unknown or taken, or too few experts are left.
+    """
+    recipe = Recipe.read(Path(composite) / "recipe.yaml")
+    changed = _changed(recipe, add, remove, replace or {}, prune)
+    work = default_work(composite) if work is None else Path(work)
+    return build(changed, out, work=work, progress=progress)
+
+
+def _changed(
+    recipe: Recipe,
+    add: Sequence[Expert],
+    remove: Sequence[str],
+    replace: Mapping[str, str],
+    prune: Prune | None,
+) -> Recipe:
+    unknown = sorted({*remove, *replace} - set(recipe.names))
+    if unknown:
+        raise InputError(
+            f"expected names of the composite's experts ({', '.join(recipe.names)}), "
+            f"but got {', '.join(unknown)}"
+        )
+    kept = [
+        expert.model_copy(update={"model": replace.get(expert.name, expert.model)})
+        for expert in recipe.experts
+        if expert.name not in remove
+    ]
+    values = recipe.model_dump(exclude={"experts", "prune"}, exclude_none=True)
+    values["experts"] = [expert.model_dump(exclude_none=True) for expert in (*kept, *add)]
+    values["prune"] = (prune or recipe.prune).model_dump(exclude_none=True)
+    try:
+        return Recipe.model_validate(values)
+    except pydantic.ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise InputError(f"the composite cannot be changed so: {reason}") from error

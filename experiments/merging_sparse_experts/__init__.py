@@ -1,0 +1,1 @@
+"""What happens when sparse experts are merged."""

@@ -1,0 +1,58 @@
+"""Experts of a composite that exists: added, removed, replaced."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moiety.compose import Recipe, build, open_composite
+from moiety.compose.editing import edit
+from moiety.compose.recipe import Domain, Expert
+from moiety.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def pair(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of two of the three finetunes."""
+    folder = tmp_path_factory.mktemp("pair")
+    values = world.recipe(compose={"kind": "mixture", "top_k": 1})
+    values["experts"] = values["experts"][:2]
+    build(Recipe.model_validate(values), folder / "pair")
+    return folder / "pair"
+
+
+def stages(composite: Path) -> set[str]:
+    return {path.name for path in composite.with_name(f"{composite.name}.stages").iterdir()}
+
+
+def test_an_expert_is_added_and_the_others_are_not_pruned_again(
+    world: Any, pair: Path, tmp_path: Path
+) -> None:
+    before = stages(pair)
+    domain = Domain(calibration=str(world.texts["colours"]["calibration"]))
+    added = Expert(name="colours", model=str(world.finetunes["colours"]), domain=domain)
+    edit(pair, tmp_path / "three", add=[added])
+    assert open_composite(tmp_path / "three").experts == ("letters", "numbers", "colours")
+    assert open_composite(pair).experts == ("letters", "numbers")
+    pruned = {name for name in stages(pair) - before if name.startswith("expert-")}
+    assert {name.rpartition("-")[0] for name in pruned} == {"expert-colours"}
+
+
+def test_an_expert_is_replaced(world: Any, pair: Path, tmp_path: Path) -> None:
+    before = stages(pair)
+    edit(pair, tmp_path / "out", replace={"numbers": str(world.finetunes["colours"])})
+    assert open_composite(tmp_path / "out").experts == ("letters", "numbers")
+    pruned = {name for name in stages(pair) - before if name.startswith("expert-")}
+    assert {name.rpartition("-")[0] for name in pruned} == {"expert-numbers"}
+
+
+def test_what_cannot_be_changed_is_refused(world: Any, pair: Path, tmp_path: Path) -> None:
+    twice = Expert(name="letters", model="x", domain=Domain(calibration="x"))
+    for changes, message in (
+        ({"remove": ["law"]}, r"experts \(letters, numbers\), but got law"),
+        ({"remove": ["numbers"]}, "at least 2"),
+        ({"add": [twice]}, "letters is twice"),
+    ):
+        with pytest.raises(InputError, match=message):
+            edit(pair, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
