@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import importlib
 import importlib.util
 import io
 import logging
@@ -129,10 +130,9 @@ class Tasks:
     def _evaluated(
         self, name: str, task: list[Any], composite: Composite, settings: TaskSettings
     ) -> Mapping[str, Any]:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-
-        wrapped = HFLM(
+        library: Any = importlib.import_module("lm_eval")
+        models: Any = importlib.import_module("lm_eval.models.huggingface")
+        wrapped = models.HFLM(
             pretrained=composite.model,
             tokenizer=composite.tokenizer,
             backend="causal",
@@ -140,7 +140,7 @@ class Tasks:
         )
         try:
             with mock.patch.multiple("lm_eval.evaluator", create=True, **NOT_ASKED):
-                results = lm_eval.simple_evaluate(
+                results = library.simple_evaluate(
                     model=wrapped,
                     tasks=task,
                     task_manager=self.manager,

@@ -7,12 +7,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moiety.compose.building import BuildReport, build, default_work
+    from moiety.compose.building import build, default_work
     from moiety.compose.composite import Composite, open_composite
     from moiety.compose.editing import edit
     from moiety.compose.learning import RouteReport, route
     from moiety.compose.opening import open_any
     from moiety.compose.recipe import Recipe
+    from moiety.compose.report import BuildReport
 
 __all__ = [
     "BuildReport",
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 _PLACES = {
-    "BuildReport": "building",
+    "BuildReport": "report",
     "build": "building",
     "default_work": "building",
     "edit": "editing",

@@ -1,8 +1,6 @@
 """From a recipe to a composite; what is done stays done."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from moiety.compose.builder import Builder
 from moiety.compose.card import write_card
@@ -11,34 +9,13 @@ from moiety.compose.kinds import builder_of
 from moiety.compose.plan import COLUMNS, plan
 from moiety.compose.preflight import preflight
 from moiety.compose.recipe import Recipe
+from moiety.compose.report import BuildReport
 from moiety.compose.stages import Stages
 from moiety.errors import OutputError
 from moiety.files import check_new_folder, new_folder, read_json, write_json, write_text
 from moiety.progress import SILENT, Progress
 
 RECORD = "build.json"
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    """Where everything is and what was chosen; also written to `build.json` in the composite.
-
-    `facts` depend on the kind, such as `shared` (where the shared part comes from) and
-    `gate_parameters` (all that was trained).
-    """
-
-    key: str
-    kind: str
-    composite: Path
-    experts: dict[str, Path]
-    facts: dict[str, Any]
-    seconds: dict[str, float]
-    invariants: list[dict[str, Any]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-like form."""
-        experts = {name: str(path) for name, path in self.experts.items()}
-        return {**vars(self), "composite": str(self.composite), "experts": experts}
 
 
 def build(

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pydantic
 
-from moiety.compose.building import BuildReport, build, default_work
+from moiety.compose.building import build, default_work
 from moiety.compose.recipe import Expert, Prune, Recipe
+from moiety.compose.report import BuildReport
 from moiety.errors import InputError
 from moiety.progress import SILENT, Progress
 

@@ -203,10 +203,8 @@ def _saved(folder: Path, ids_BS: Tensor) -> Invariant:
     apart = _apart(_logits(again, ids_BS), _logits(model, ids_BS))
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     mask_BS = torch.ones_like(ids_BS)
-    written = [
-        m.generate(ids_BS, attention_mask=mask_BS, **settings)  # pyright: ignore[reportCallIssue]
-        for m in (model, again)
-    ]
+    both: list[Any] = [model, again]
+    written = [one.generate(ids_BS, attention_mask=mask_BS, **settings) for one in both]
     same = torch.equal(written[0], written[1])
     statement = "saved and opened again it gives the same logits and generates the same tokens"
     return Invariant(statement, apart if same else float("inf"), 0.0)

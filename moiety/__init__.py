@@ -13,6 +13,10 @@ __all__ = ["__version__"]
 
 @wrapt.when_imported("transformers.modeling_utils")
 def _register_packed_format(_module: object) -> None:
-    import moiety.compose.ensemble
-    import moiety.compose.routed
     import moiety.experts.quantizer  # noqa: F401
+
+
+@wrapt.when_imported("transformers.models.auto.modeling_auto")
+def _register_models(_module: object) -> None:
+    import moiety.compose.ensemble
+    import moiety.compose.routed  # noqa: F401

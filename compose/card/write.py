@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
@@ -11,11 +11,9 @@ from moiety.compose.card.licences import Licence, hub_id, licence_of, shared_lic
 from moiety.compose.card.markdown import ABSENT, fenced, plain, section, table
 from moiety.compose.card.sizes import Sizes, sizes_of
 from moiety.compose.recipe import Merge, Recipe
+from moiety.compose.report import BuildReport
 from moiety.files import read_json, write_text
 from moiety.version import __version__
-
-if TYPE_CHECKING:
-    from moiety.compose.building import BuildReport
 
 README = "README.md"
 MEASURES = {"loss": "Loss, nats per token", "bits_per_byte": "Bits per byte"}
@@ -36,7 +34,7 @@ LIMITS = """\
 def write_card(
     folder: Path,
     recipe: Recipe,
-    report: "BuildReport",
+    report: BuildReport,
     results: Mapping[str, Any] | None = None,
     invariants: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
@@ -193,7 +191,7 @@ def _without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def _facts(report: "BuildReport") -> str:
+def _facts(report: BuildReport) -> str:
     facts = {name: _without_folders(value) for name, value in report.facts.items()}
     rows = [
         (name.replace("_", " "), value)

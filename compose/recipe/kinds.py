@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from mergekit.merge_methods import registered_methods
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from moiety.compose.recipe.sections import Part
 
@@ -93,6 +93,15 @@ class Routed(WithShared):
     """from the shared part, or each expert's own"""
     head: Literal["shared", "routed"] = "shared"
     """an untied head: from the shared part, or each expert's own"""
+
+    @model_validator(mode="after")
+    def _norms_need_layers(self) -> "Routed":
+        if self.norms == "routed" and self.routers == "split":
+            raise ValueError(
+                "norms: routed needs routers: layer, because a norm stands before the module that "
+                "split routers look at; leave one of them out"
+            )
+        return self
 
 
 class Merge(Part):

@@ -18,6 +18,7 @@ from moiety.compose.routed.model import (
     RoutedLayout,
     config_class,
     model_class,
+    width_of,
     write_shim,
 )
 from moiety.compose.routing import RoutingBuilder
@@ -26,7 +27,7 @@ from moiety.experts.architecture import Architecture
 from moiety.experts.calibrate import decoder_blocks
 from moiety.experts.checkpoint import Checkpoint
 from moiety.experts.delta import TaskVector, open_delta
-from moiety.experts.packing import LARGEST_CODE, pack
+from moiety.experts.packing import DTYPES, LARGEST_CODE, pack
 from moiety.experts.pattern import Pattern
 from moiety.experts.quantizer import PackedConfig
 from moiety.experts.shards import write_weights
@@ -91,7 +92,7 @@ class RoutedBuilder(RoutingBuilder):
             return set()
         model = Architecture(self.base.config).model
         prefix, blocks = decoder_blocks(model)
-        width = model.get_input_embeddings().embedding_dim
+        width = width_of(model)
         inside = {
             f"{prefix}.{number}.{name}.weight"
             for number, block in enumerate(blocks)
@@ -137,7 +138,19 @@ class RoutedBuilder(RoutingBuilder):
             packed = dense_view(self.experts[name])
         else:
             packed = dict(TaskVector(self.experts[name], self.base.folder).tensors())
-        return found | {f"{m}.weight": packed[f"{m}.weight"].float() for m in self.packing.modules}
+        found |= {f"{m}.weight": packed[f"{m}.weight"].float() for m in self.packing.modules}
+        if self.head and name is not None:
+            found[f"{self.head}.weight"] = self._stored_head(name)
+        return found
+
+    def _stored_head(self, name: str) -> Tensor:
+        """One expert's head, rounded as it is stored."""
+        weight = f"{self.head}.weight"
+        own_VD, kind = self.finetunes[name][weight].float(), self.packing.values or "fp32"
+        if self.pruned_from is None:
+            return own_VD.to(DTYPES[kind]).float()
+        base_VD = self.base[weight].float()
+        return base_VD + (own_VD - base_VD).to(DTYPES[kind]).float()
 
     def _unpruned(self, source: Mapping[str, Tensor], of_expert: str | None) -> list[str]:
         """Routed tensors that are whole: biases and head, and an expert's norms and embeddings."""
@@ -272,6 +285,6 @@ class RoutedBuilder(RoutingBuilder):
             config = self._config(packing)
             model = model_class(type(config))(config)
         names = [name for name, _ in model.named_parameters() if name.endswith("router.weight")]
-        width = model.get_input_embeddings().embedding_dim
+        width = width_of(model)
         dtype = getattr(self.base.config, "dtype", None) or torch.float32
         return {name: torch.zeros(len(self.finetunes), width, dtype=dtype) for name in names}

@@ -140,7 +140,7 @@ def config_class(architecture: str) -> type[PretrainedConfig]:
 @functools.cache
 def model_class(config: type[PretrainedConfig]) -> type[PreTrainedModel]:
     """The routed model of a routed configuration."""
-    stock = MODEL_FOR_CAUSAL_LM_MAPPING[config.__mro__[1]]
+    stock = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[config.__mro__[1]])
     fields = {"config_class": config, "__module__": __name__}
     return cast(type[PreTrainedModel], type(f"Routed{stock.__name__}", (_Routed, stock), fields))
 
@@ -152,7 +152,7 @@ def install(model: PreTrainedModel, config: Any) -> None:
     if packing is None:
         raise InputError("expected a quantization_config that names the routed matrices")
     prefix, blocks = decoder_blocks(model)
-    width = model.get_input_embeddings().embedding_dim
+    width = width_of(model)
     found: set[str] = set()
     for number, block in enumerate(blocks):
         name = f"{prefix}.{number}"
@@ -173,6 +173,11 @@ def install(model: PreTrainedModel, config: Any) -> None:
         raise InputError(
             f"expected routed matrices in the decoder's blocks, but {strange[0]} is none of those"
         )
+
+
+def width_of(model: PreTrainedModel) -> int:
+    """A model's width: that of its embeddings."""
+    return cast(nn.Embedding, model.get_input_embeddings()).embedding_dim
 
 
 def _route_block(

@@ -92,7 +92,8 @@ def route_norm(norm: nn.Module, experts: int, routes: Routes) -> None:
     `experts` (E, D), a new parameter of the norm, holds the differences δ to its own weight; n is
     x over its root mean square.
     """
-    norm.experts = _frozen(norm.get_parameter("weight").new_empty(experts, *norm.weight.shape))
+    weight = norm.get_parameter("weight")
+    norm.experts = _frozen(weight.new_empty(experts, *weight.shape))
     epsilon = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", EPSILON)))
 
     def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

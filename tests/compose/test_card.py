@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moiety.compose import Recipe
-from moiety.compose.building import BuildReport, build
+from moiety.compose.building import build
 from moiety.compose.card import write_card
 from moiety.compose.card.licences import Licence, licence_of, shared_licence
 from moiety.compose.card.markdown import fenced, plain, table
 from moiety.compose.card.sizes import sizes_of
+from moiety.compose.report import BuildReport
 from moiety.compose.shim import write_shim
 from moiety.experts.checkpoint import Checkpoint
 from moiety.experts.write import stored_bytes

@@ -48,11 +48,12 @@ def test_an_expert_is_replaced(world: Any, pair: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_changed_is_refused(world: Any, pair: Path, tmp_path: Path) -> None:
     twice = Expert(name="letters", model="x", domain=Domain(calibration="x"))
-    for changes, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"remove": ["law"]}, r"experts \(letters, numbers\), but got law"),
         ({"remove": ["numbers"]}, "at least 2"),
         ({"add": [twice]}, "letters is twice"),
-    ):
+    ]
+    for changes, message in cases:
         with pytest.raises(InputError, match=message):
             edit(pair, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """mergekit's own files as recipes: what is carried over, what is refused and where."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -96,7 +97,7 @@ def test_a_merge_of_task_vectors(tmp_path: Path) -> None:
 def test_an_average_takes_its_first_model_for_the_rest(tmp_path: Path) -> None:
     recipe = read(tmp_path, LINEAR)
     assert (recipe.base, recipe.names) == ("org/code", ["code", "law"])
-    weights = {"weight": {"code": 1, "law": 2}}
+    weights: dict[str, Any] = {"weight": {"code": 1, "law": 2}}
     assert recipe.compose == Merge(method="linear", parameters=weights, sparse="none")
 
 

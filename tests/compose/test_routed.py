@@ -221,8 +221,10 @@ def test_norms_embeddings_and_split_routers(world: Any, tmp_path: Path) -> None:
             continue
         builder = RoutedBuilder(recipe, Stages(tmp_path / "stages"))
         own = {n: t.float() for n, t in builder.finetunes["numbers"].items()}
-        expert = AutoModelForCausalLM.from_pretrained(builder.experts["numbers"], dtype="float32")
-        head = composite.model.get_output_embeddings()
+        expert: Any = AutoModelForCausalLM.from_pretrained(
+            builder.experts["numbers"], dtype="float32"
+        )
+        head: Any = composite.model.get_output_embeddings()
         with torch.no_grad():
             expert.get_output_embeddings().weight = torch.nn.Parameter(head.weight.clone())
         torch.testing.assert_close(expert.model.norm.weight, own["model.norm.weight"])
@@ -245,3 +247,9 @@ def test_an_untied_head_is_routed_and_a_tied_one_refused(world: Any, tmp_path: P
     tied = Recipe.model_validate(world.recipe(compose=values["compose"]))
     with pytest.raises(InputError, match="ties it to the embeddings"):
         build(tied, tmp_path / "tied")
+
+
+def test_routed_norms_need_one_router_a_layer(world: Any) -> None:
+    compose = {"kind": "routed", "norms": "routed", "routers": "split"}
+    with pytest.raises(ValueError, match="norms: routed needs routers: layer"):
+        Recipe.model_validate(world.recipe(compose=compose))

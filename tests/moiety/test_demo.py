@@ -78,7 +78,7 @@ def test_the_better_kind_is_shipped(folder: Path, results: dict[str, Any]) -> No
     record = json.loads((folder / "out" / "composite" / "build.json").read_text())
     assert record["kind"] == results["choices"]["kind"]
     assert record["invariants"] and all(one["holds"] for one in record["invariants"])
-    assert "base_model" in (folder / "out" / "composite" / "README.md").read_text()
+    assert "library_name: transformers" in (folder / "out" / "composite" / "README.md").read_text()
 
 
 def test_everything_is_written(folder: Path, results: dict[str, Any]) -> None:
