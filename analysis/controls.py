@@ -149,7 +149,7 @@ class Controls:
             "bytes": self.sizes,
             "tokens_per_second": self.speeds,
             "choices": {
-                **self.builder.facts(),
+                **_told(self.builder.facts()),
                 "task_arithmetic_weight": self.merge_weight,
             },
             "device": device_name(),
@@ -226,6 +226,11 @@ class Controls:
     ) -> None:
         for name, problem_set in problems.items():
             self.accuracy[name][row] = exact_match(model, self.builder.tokenizer, problem_set)
+
+
+def _told(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that are single values."""
+    return {name: value for name, value in facts.items() if not isinstance(value, dict | list)}
 
 
 def _oracle(composite: Composite, domain: str) -> AbstractContextManager[None]:
