@@ -71,9 +71,12 @@ def written(packs: Any, folder: Path, kind: str, pattern: str, values: str) -> P
 def reports(caplog: pytest.LogCaptureFixture) -> Any:
     """What transformers logs, its load report of missing and unexpected weights included."""
     logger = logging.get_logger("transformers")
+    level = logger.level
+    logger.setLevel("WARNING")
     logger.propagate = True
     yield caplog
     logger.propagate = False
+    logger.setLevel(level)
 
 
 @pytest.mark.parametrize(("pattern", "values"), STORED)
