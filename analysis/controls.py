@@ -6,9 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moiety.analysis.evaluate import (
     Problem,
@@ -28,7 +26,7 @@ from moiety.compose.ensemble import EnsembleForCausalLM
 from moiety.compose.kinds import builder_of
 from moiety.compose.opening import open_any
 from moiety.compose.recipe import Recipe
-from moiety.compose.shared import WEIGHTS
+from moiety.compose.shared import WEIGHTS, replace_shared
 from moiety.compose.stages import Stages
 from moiety.errors import InputError
 from moiety.experts.checkpoint import digest_of_model
@@ -157,14 +155,14 @@ class Controls:
 
     def _merges(self) -> None:
         base, finetunes = self.builder.base, self.builder.finetunes
-        model = _open(base.folder)
+        model = open_any(base.folder).model
         self._measure("base", model)
         self.speeds["base"] = speed(model)
         self.merge_weight = self._best_weight(model)
-        _replace(model, merge.soup(finetunes, merge.everything))
+        replace_shared(model, merge.soup(finetunes, merge.everything))
         self._measure("soup", model)
         merged = merge.task_arithmetic(base, finetunes, self.merge_weight, merge.everything)
-        _replace(model, merged)
+        replace_shared(model, merged)
         self._measure("task_arithmetic", model)
 
     def _best_weight(self, model: PreTrainedModel) -> float:
@@ -173,7 +171,7 @@ class Controls:
         losses: dict[float, float] = {}
         for weight in WEIGHTS:
             base, finetunes = self.builder.base, self.builder.finetunes
-            _replace(model, merge.task_arithmetic(base, finetunes, weight, merge.everything))
+            replace_shared(model, merge.task_arithmetic(base, finetunes, weight, merge.everything))
             scores = domain_scores(model, data, self.recipe.batch_size)
             losses[weight] = sum(score.loss for score in scores.values())
         return min(losses, key=lambda weight: losses[weight])
@@ -182,7 +180,7 @@ class Controls:
         """Each finetune and each sparse expert on its own domain."""
         for name in self.recipe.names:
             own = {name: self.heldout[name]}
-            self._measure("finetune", _open(self.builder.finetunes[name].folder), own)
+            self._measure("finetune", open_any(self.builder.finetunes[name].folder).model, own)
             self._measure("expert", self.builder.open_expert(name), own)
 
     def _dense_composite(self) -> None:
@@ -238,13 +236,3 @@ def _oracle(composite: Composite, domain: str) -> AbstractContextManager[None]:
     if isinstance(composite.model, EnsembleForCausalLM):
         return composite.model.forced(domain)
     return forced(find_gates(composite.model), one_hot(composite.experts.index(domain)))
-
-
-def _open(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-
-
-@torch.no_grad()
-def _replace(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        model.get_parameter(name).copy_(tensor)

@@ -11,6 +11,7 @@ from rich.text import Text
 from moiety.analysis.statistics import RoutingSummary
 from moiety.analysis.visible import visible_line
 from moiety.errors import InputError
+from moiety.units import size
 
 ABSENT = "\N{EN DASH}"
 
@@ -189,14 +190,6 @@ def number(value: Any, form: str, name: str) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"results: {name} must be a number, but it is {value!r}")
     return form.format(value) if math.isfinite(value) else ABSENT
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units: 1.53 GB."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.0f} B"
 
 
 def mean_over(row: Mapping[str, Any], domains: Sequence[str]) -> float | None:

@@ -99,7 +99,7 @@ class Builder(ABC):
         inputs = {
             "version": __version__,
             "model": self.inputs["models"][expert.name],
-            "text": digest_documents(expert.domain.documents()),
+            "text": self._text_of(expert),
             "settings": vars(settings),
             **({} if base is None else {"base": self.inputs["base"]}),
         }
@@ -110,6 +110,11 @@ class Builder(ABC):
             prune(model, scratch / "model", text, settings, self.progress, base=base, work=work)
 
         return self.stages.run(f"expert-{expert.name}", inputs, make) / "model"
+
+    def _text_of(self, expert: Expert) -> str:
+        """Digest of an expert's calibration text; InputError that says so when there is none."""
+        known = self.inputs["texts"].get(expert.name)
+        return known or digest_documents(expert.domain.documents())
 
     def open_expert(self, name: str) -> PreTrainedModel:
         """One sparse expert as a model of its own."""

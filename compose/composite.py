@@ -58,10 +58,11 @@ def open_composite(model: str | Path, dtype: str | torch.dtype = "auto") -> Comp
 
 
 def gate_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The gates' weights by their names in the model."""
+    """What the gates have learned, by its names in the model."""
     return {
-        f"{gate.name}.weight": gate.module.get_parameter("weight").detach().cpu().contiguous()
+        f"{gate.name}.{name}": tensor.detach().cpu().contiguous()
         for gate in find_gates(model)
+        for name, tensor in gate.module.state_dict().items()
     }
 
 

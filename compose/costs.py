@@ -16,6 +16,7 @@ from moiety.experts.checkpoint import Checkpoint
 from moiety.experts.kernels.weights import DTYPES
 from moiety.experts.packing import LARGEST_CODE, scale_shape, stored_shape
 from moiety.experts.pattern import Pattern
+from moiety.routers.spec import LEARNED
 
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
 FP32 = 4
@@ -97,6 +98,15 @@ def packed_bytes(recipe: Recipe, rows: int, columns: int) -> int:
     return kept + rows * -(-columns // 8) + scales
 
 
+def _gates_of(kind: Routed, layers: int) -> int:
+    """Gate weights of a routed model, in gates of one layer that see the token alone."""
+    spec = kind.router
+    if spec.kind not in LEARNED:
+        return 0
+    gates = 2 * layers if kind.routers == "split" else -(-layers // kind.layers_of(layers))
+    return gates * (1 + len(spec.horizons))
+
+
 def composite_bytes(recipe: Recipe, sizes: Sizes) -> int:
     """Bytes of the composite's weights, a base that it needs beside it included."""
     count, kind = len(recipe.experts), recipe.compose
@@ -105,7 +115,7 @@ def composite_bytes(recipe: Recipe, sizes: Sizes) -> int:
         case Mixture():
             return sizes.rest + count * sizes.matrices_packed + gates
         case Routed():
-            gates *= 2 if kind.routers == "split" else 1
+            gates = gates // sizes.routed_layers * _gates_of(kind, sizes.routed_layers)
             stays = sizes.dense if kind.base == "dense" else sizes.rest
             return stays + count * sizes.matrices_packed + gates
         case Merge():

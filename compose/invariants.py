@@ -22,7 +22,7 @@ from moiety.compose.recipe import Routed
 from moiety.compose.routing import RoutingBuilder
 from moiety.errors import InvariantError
 from moiety.progress import SILENT, Progress
-from moiety.routers import Gate, find_gates, forced, one_hot
+from moiety.routers import Gate, find_gates, forced, one_hot, watched
 
 ALLOWED = 1e-3
 """Largest difference of logits, over their own largest size, that rounding in fp32 explains."""
@@ -86,17 +86,28 @@ def _of_routes(
     model = open_composite(folder, torch.float32).model
     gates = find_gates(model)
     names = builder.recipe.names
-    twins: dict[str, Tensor] = {}
+    first: Tensor | None = None
+    merge = _Merge(builder) if _is_on_a_base(builder) else None
     for index, name in progress.track(enumerate(names), "check invariants", len(names)):
-        twins[name] = _logits(_stock(builder, builder.twin(name)), ids_BS)
+        twin = builder.twin(name)
+        if merge is not None:
+            merge.add(twin)
+        alone = _logits(_stock(builder, twin), ids_BS)
         with forced(gates, one_hot(index)):
             routed = _logits(model, ids_BS)
         found.append(
-            Invariant(f"the one-hot route to {name} is that expert", _apart(routed, twins[name]))
+            Invariant(f"the one-hot route to {name} is that expert", _apart(routed, alone))
         )
-    if isinstance(builder.recipe.compose, Routed) and builder.recipe.compose.base == "dense":
-        found.append(_constant_is_merge(builder, model, gates, ids_BS))
-    return found + _of_the_experts(model, ids_BS, twins[names[0]])
+        first = alone if first is None else first
+    if merge is not None:
+        found.append(_constant_is_merge(builder, model, gates, merge, ids_BS))
+    assert first is not None
+    return found + _of_the_experts(model, gates, ids_BS, first)
+
+
+def _is_on_a_base(builder: RoutingBuilder) -> bool:
+    """Whether experts are differences to a base that stays dense."""
+    return isinstance(builder.recipe.compose, Routed) and builder.recipe.compose.base == "dense"
 
 
 def _of_ensemble(builder: EnsembleBuilder, folder: Path, ids_BS: Tensor) -> list[Invariant]:
@@ -143,55 +154,88 @@ def _stock(builder: RoutingBuilder, tensors: Mapping[str, Tensor]) -> PreTrained
     return model
 
 
+class _Merge:
+    """Task arithmetic summed up twin by twin: `start + CONSTANT * Σ_e (twin_e - start)`."""
+
+    def __init__(self, builder: RoutingBuilder) -> None:
+        rest = 1 - CONSTANT * len(builder.recipe.names)
+        self.tensors = {n: tensor.float() * rest for n, tensor in builder.twin(None).items()}
+
+    def add(self, twin: Mapping[str, Tensor]) -> None:
+        """One expert more."""
+        for name, tensor in twin.items():
+            self.tensors[name].add_(tensor.float(), alpha=CONSTANT)
+
+
 def _constant_is_merge(
-    builder: RoutingBuilder, model: PreTrainedModel, gates: list[Gate], ids_BS: Tensor
+    builder: RoutingBuilder,
+    model: PreTrainedModel,
+    gates: list[Gate],
+    merge: _Merge,
+    ids_BS: Tensor,
 ) -> Invariant:
-    names = builder.recipe.names
-    start = {name: tensor.float() for name, tensor in builder.twin(None).items()}
-    merged = dict(start)
-    for name in names:
-        for key, tensor in builder.twin(name).items():
-            merged[key] = merged[key] + CONSTANT * (tensor.float() - start[key])
+    count = len(builder.recipe.names)
 
     def constant(_gate: Gate, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        experts_TE = torch.arange(len(names)).expand(len(logits_TE), len(names))
+        experts_TE = torch.arange(count).expand(len(logits_TE), count)
         return torch.full(experts_TE.shape, CONSTANT), experts_TE
 
     with forced(gates, constant):
         mixed = _logits(model, ids_BS)
-    apart = _apart(mixed, _logits(_stock(builder, merged), ids_BS))
+    apart = _apart(mixed, _logits(_stock(builder, merge.tensors), ids_BS))
     return Invariant(f"the constant route {CONSTANT:g} is task arithmetic", apart)
 
 
-def _of_the_experts(model: PreTrainedModel, ids_BS: Tensor, first: Tensor) -> list[Invariant]:
-    """Permuted experts change nothing; equal ones leave the router no say."""
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    gates = find_gates(model)
-    usual = _logits(model, ids_BS)
-    order = list(range(gates[0].experts))[::-1]
-    weights = {f"{gate.name}.weight" for gate in gates}
-    _change(model, state, lambda tensor: tensor[order], weights)
-    permuted = _apart(_logits(model, ids_BS), usual)
-    _change(model, state, lambda tensor: tensor[:1].expand_as(tensor), set())
-    equal = _apart(_logits(model, ids_BS), first)
-    return [
-        Invariant("experts in another order change nothing but the routes' names", permuted),
-        Invariant("equal experts are that expert, whatever the router", equal),
-    ]
+def _of_the_experts(
+    model: PreTrainedModel, gates: list[Gate], ids_BS: Tensor, first: Tensor
+) -> list[Invariant]:
+    """Permuted experts change nothing; equal ones leave the router no say.
+
+    The first is asked of routers that have weights to permute with the experts, the second of
+    those whose weights sum to 1. The model is left with equal experts.
+    """
+    found: list[Invariant] = []
+    sums: list[Tensor] = []
+    with watched(gates, lambda route: sums.append(route.weights_TA.float().sum(-1))):
+        usual = _logits(model, ids_BS)
+    learned = {gate.name for gate in gates if getattr(gate.module, "weight", None) is not None}
+    if len(learned) == len(gates):
+        _change(model, _reversed, learned)
+        permuted = _apart(_logits(model, ids_BS), usual)
+        _change(model, _reversed, learned)
+        found.append(
+            Invariant("experts in another order change nothing but the routes' names", permuted)
+        )
+    if all(bool((sum_T - 1).abs().max() < ALLOWED) for sum_T in sums):
+        _change(model, _first_of_all, set())
+        equal = _apart(_logits(model, ids_BS), first)
+        found.append(Invariant("equal experts are that expert, whatever the router", equal))
+    return found
 
 
-def _change(
-    model: PreTrainedModel,
-    state: Mapping[str, Tensor],
-    change: Callable[[Tensor], Tensor],
-    others: set[str],
-) -> None:
-    """Load the weights with the experts' stacks, and `others`, changed along dimension 0."""
-    changed = {
-        name: change(tensor).clone() if ".experts" in name or name in others else tensor
-        for name, tensor in state.items()
-    }
-    model.load_state_dict(changed)
+def _reversed(tensor: Tensor) -> Tensor:
+    return tensor.flip(0)
+
+
+def _first_of_all(tensor: Tensor) -> Tensor:
+    return tensor[:1].expand_as(tensor).clone()
+
+
+def _change(model: PreTrainedModel, change: Callable[[Tensor], Tensor], gates: set[str]) -> None:
+    """Change the experts' stacks, and all tensors of `gates`, along dimension 0.
+
+    Module by module, so that no second copy of the model is held; a packed module takes all its
+    tensors at once.
+    """
+    for name, module in model.named_modules():
+        if not [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            continue
+        state = module.state_dict()
+        own = {key for key in state if "." not in key}
+        chosen = {key for key in own if name in gates or ".experts" in f"{name}.{key}"}
+        if chosen:
+            part = {key: change(state[key]) if key in chosen else state[key] for key in own}
+            module.load_state_dict(part, strict=False)
 
 
 def _saved(folder: Path, ids_BS: Tensor) -> Invariant:

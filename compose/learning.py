@@ -1,35 +1,48 @@
 """Learn a composite's gates from labelled text: closed-form start, then gate-only training."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moiety.compose.arrow import arrow_weights
 from moiety.compose.composite import Composite, open_composite, save_gates
 from moiety.compose.recipe import Route
 from moiety.errors import InputError
 from moiety.files import check_writable, write_json
 from moiety.progress import SILENT, Progress
-from moiety.routers import FitReport, FitSettings, TrainReport, TrainSettings, fit, train
+from moiety.routers import (
+    FitReport,
+    FitSettings,
+    TrainReport,
+    TrainSettings,
+    find_gates,
+    fit,
+    train,
+)
 from moiety.text import Windows, read_documents, token_windows
 
 
 @dataclass(frozen=True)
 class RouteReport:
-    """How the gates were learned; `training` is None when no step was asked for."""
+    """How the gates were learned.
 
-    fitted: FitReport
+    `fitted` is None for routers that learn nothing, `training` when no step was asked for.
+    """
+
+    fitted: FitReport | None
     training: TrainReport | None
 
     @property
     def parameters(self) -> int:
         """Number of trainable parameters: exactly the gates'."""
-        return self.fitted.parameters
+        return self.fitted.parameters if self.fitted else 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-like form."""
         training = None if self.training is None else asdict(self.training)
-        return {"parameters": self.parameters, "fit": asdict(self.fitted), "training": training}
+        fitted = None if self.fitted is None else asdict(self.fitted)
+        return {"parameters": self.parameters, "fit": fitted, "training": training}
 
 
 def route(
@@ -42,13 +55,15 @@ def route(
     batch_size: int = 8,
     seed: int = 0,
     checkpoint: Path | None = None,
+    trackers: Sequence[str] = (),
+    log_dir: Path | None = None,
     progress: Progress = SILENT,
 ) -> RouteReport:
     """Fit and train the gates of the composite in folder `model` and save them there.
 
     `data` gives each domain's calibration text under its expert's name. Everything but the gates
     stays as it is, in memory and on disk. With `checkpoint`, a folder, stopped training goes on
-    where it was.
+    where it was; `trackers` are accelerate's by name, `log_dir` where those that need it write.
     """
     documents = {domain: read_documents(path) for domain, path in data.items()}
     folder = Path(model)
@@ -68,6 +83,8 @@ def route(
         batch_size=batch_size,
         seed=seed,
         checkpoint=checkpoint,
+        trackers=trackers,
+        log_dir=log_dir,
         progress=progress,
     )
     save_gates(folder, composite.model)
@@ -83,23 +100,20 @@ def route_model(
     batch_size: int = 8,
     seed: int = 0,
     checkpoint: Path | None = None,
+    trackers: Sequence[str] = (),
+    log_dir: Path | None = None,
     progress: Progress = SILENT,
 ) -> RouteReport:
     """Fit and train the gates of an open composite in place.
 
     The closed form sees all of `data`; training learns on three quarters of the documents and
-    keeps the gates that do best on the last quarter, which may be those it started from.
+    keeps the gates that do best on the last quarter, which may be those it started from. Routers
+    of a kind that learns nothing stay as they are.
     """
     own_expert = composite.own_expert(data)
-    fitted = fit(
-        composite.model,
-        data,
-        own_expert,
-        FitSettings(
-            method=settings.init, penalty=settings.penalty, batch_size=batch_size, seed=seed
-        ),
-        progress,
-    )
+    if not any(True for gate in find_gates(composite.model) for _ in gate.module.parameters()):
+        return RouteReport(None, None)
+    fitted = _fit(composite, data, own_expert, settings, batch_size, seed, progress)
     if settings.train_steps == 0:
         return RouteReport(fitted, None)
     parts = {domain: windows.hold_back() for domain, windows in data.items()}
@@ -110,14 +124,40 @@ def route_model(
         own_expert,
         TrainSettings(
             steps=settings.train_steps,
+            objective=settings.objective,
             learning_rate=settings.learning_rate,
             domain_weight=settings.domain_weight,
+            balance=settings.balance,
             balance_weight=settings.balance_weight,
             z_weight=settings.z_weight,
+            switching=settings.stitch > 0,
             batch_size=batch_size,
             seed=seed,
             checkpoint=checkpoint,
+            trackers=tuple(trackers),
+            log_dir=log_dir,
         ),
         progress,
     )
     return RouteReport(fitted, training)
+
+
+def _fit(
+    composite: Composite,
+    data: Mapping[str, Windows],
+    own_expert: Mapping[str, int],
+    settings: Route,
+    batch_size: int,
+    seed: int,
+    progress: Progress,
+) -> FitReport:
+    """The closed-form start; `arrow` needs no text but for the scale of its logits."""
+    chosen = FitSettings(
+        method="random" if settings.init == "arrow" else settings.init,
+        penalty=settings.penalty,
+        stitch=settings.stitch,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    weights = arrow_weights(composite.model) if settings.init == "arrow" else None
+    return fit(composite.model, data, own_expert, chosen, progress, weights=weights)

@@ -22,6 +22,7 @@ from moiety.errors import InputError
 from moiety.experts.checkpoint import ADAPTER, Checkpoint, digest_of_model, local_folder
 from moiety.experts.packing import LARGEST_CODE
 from moiety.files import digest
+from moiety.units import size
 
 PACKED_FIRST = ("shared_mask", "conflict_aware")
 """Ways of a sparse merge whose masks are known before the merge is made."""
@@ -44,8 +45,8 @@ class PlannedStage:
 class Plan:
     """The stages of a build in order. Memory and time are estimates; `speed` was measured.
 
-    `composite_bytes` are those of its weights (and of a base it needs beside it), `dense_bytes` of all the finetunes', `speed` in
-    operations a second.
+    `composite_bytes` are those of its weights (and of a base it needs beside it), `dense_bytes`
+    those of all the finetunes' weights, `speed` is in operations a second.
     """
 
     kind: str
@@ -86,9 +87,9 @@ class Plan:
             (
                 stage.name,
                 "done" if stage.done else "to do",
-                _size(stage.read_bytes),
-                _size(stage.written_bytes),
-                _size(stage.peak_bytes),
+                size(stage.read_bytes),
+                size(stage.written_bytes),
+                size(stage.peak_bytes),
                 _duration(stage.seconds),
             )
             for stage in self.stages
@@ -97,8 +98,8 @@ class Plan:
         total = (
             "all that is left",
             f"{len(self.left)} of {len(self.stages)}",
-            *map(_size, totals),
-            _size(self.peak_bytes),
+            *map(size, totals),
+            size(self.peak_bytes),
             _duration(self.seconds),
         )
         return [*cells, total]
@@ -233,13 +234,6 @@ def _is_merged(model: str, base: str, work: Path) -> bool:
         return True
     name = digest([digest_of_model(folder), digest_of_model(local_folder(base))])
     return (work / "merged" / f"merged-{name}").is_dir()
-
-
-def _size(count: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.0f} B"
 
 
 def _duration(seconds: float) -> str:

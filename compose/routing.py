@@ -63,7 +63,10 @@ class RoutingBuilder(Builder):
     @cached_property
     def chosen(self) -> Path:
         """Folder of the shared part: `shared.safetensors` and `choice.json`."""
-        settings = {**self.settings.model_dump(exclude={"top_k"}), "seed": self.recipe.seed}
+        settings = {
+            **self.settings.model_dump(exclude={"top_k", "router"}),
+            "seed": self.recipe.seed,
+        }
         return self.stages.run("shared", self.stage_inputs(settings), self._choose)
 
     def _choose(self, scratch: Path) -> None:
@@ -115,6 +118,9 @@ class RoutingBuilder(Builder):
         settings = {
             "route": self.recipe.route.model_dump(),
             "top_k": self.settings.top_k,
+            "router": self.settings.router.model_dump()
+            if isinstance(self.settings, Routed)
+            else {},
             "seed": self.recipe.seed,
             "shared": self.chosen.name,
         }
@@ -135,5 +141,5 @@ class RoutingBuilder(Builder):
 
     @property
     def gates(self) -> dict[str, Tensor]:
-        """The learned gates (E, D) by the names of their modules' weights."""
+        """The learned gates by the names of their tensors."""
         return load_file(self.routed / "gates.safetensors")

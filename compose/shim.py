@@ -38,12 +38,11 @@ def shim(config_class: type[PretrainedConfig]) -> str:
     return TEXT.format(name=name, module="transformers" if stock else config_class.__module__)
 
 
-def write_shim(folder: Path, config: PretrainedConfig) -> None:
+def write_shim(folder: Path, config_class: type[PretrainedConfig]) -> None:
     """Add the shim and the `auto_map` that names it to a checkpoint's folder.
 
     Only `trust_remote_code=True` makes use of them: without it a stock class opens as before.
     """
-    config_class = type(config)
     write_text(folder / f"{MODULE}.py", shim(config_class))
     fields = read_json(folder / "config.json")
     fields["auto_map"] = {"AutoConfig": f"{MODULE}.{config_class.__name__}"}

@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from experiments.results import started
 from moiety.compose import Recipe
 from moiety.console import ConsoleProgress
 from moiety.errors import InputError
@@ -36,7 +37,7 @@ from moiety.experts import (
 from moiety.experts.delta import TaskVector
 from moiety.experts.recovery import DistillSettings
 from moiety.experts.unpack import dense_view
-from moiety.files import read_json, write_json
+from moiety.files import write_json
 from moiety.scoring import score
 from moiety.text import Windows, read_documents, token_windows
 
@@ -244,7 +245,7 @@ def main() -> None:
     logging.disable_progress_bar()
     progress = ConsoleProgress()
     lab = Lab(Recipe.read(arguments.recipe), arguments.held_out)
-    results = _started(lab, arguments.out)
+    results = started(arguments.out, _measured_how(lab), lambda: controls(lab))
     part, parts = map(int, arguments.part.split("/"))
     wanted = [cell for cell in cells() if _is_wanted(cell, arguments.only, arguments.match)]
     wanted = [cell for cell in wanted[part - 1 :: parts] if key_of(cell) not in results["cells"]]
@@ -253,25 +254,15 @@ def main() -> None:
         write_json(arguments.out, results)
 
 
-def _started(lab: Lab, out: Path) -> dict[str, Any]:
-    """The results so far; InputError when they were measured in another way."""
-    how = {
+def _measured_how(lab: Lab) -> dict[str, Any]:
+    """What results of two runs must share to stand in one file."""
+    return {
         "seed": lab.recipe.seed,
         "context_length": lab.recipe.context_length,
         "calibration_windows": lab.recipe.calibration_windows,
         "held_out_windows": lab.held_out,
         "torch": torch.__version__,
     }
-    results = read_json(out) if out.is_file() else {"cells": {}, **how}
-    for name, value in how.items():
-        if results[name] != value:
-            raise InputError(
-                f"expected results of {name} {value} in {out}, but it has {results[name]}; "
-                "choose another --out"
-            )
-    if "controls" not in results:
-        results["controls"] = controls(lab)
-    return results
 
 
 def _is_wanted(cell: Cell, groups: str | None, texts: str | None) -> bool:

@@ -1,17 +1,23 @@
 """Files and folders that are either complete or absent: write beside, fsync, rename."""
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moiety.errors import InputError, OutputError
+
+SETTLED_SECONDS = 2.0
+"""Age of a file's last change from which a later one is sure to show in its times."""
+KEPT_DIGESTS = 4096
 
 
 def sync(path: Path) -> None:
@@ -126,7 +132,27 @@ def digest(value: Any) -> str:
 
 
 def digest_of_file(path: Path) -> str:
-    """Name a file by its content: 16 hexadecimal digits of SHA-256."""
+    """Name a file by its content: 16 hexadecimal digits of SHA-256.
+
+    Read once by a process, as long as size, inode and times of change stay the same. A file that
+    was changed a moment ago is read again: two changes within a tick of the clock look like one.
+    """
+    found = path.stat()
+    changed = max(found.st_mtime_ns, found.st_ctime_ns)
+    if time.time_ns() - changed < SETTLED_SECONDS * 1e9:
+        return _digest_of_content(path)
+    times = (found.st_mtime_ns, found.st_ctime_ns)
+    return _digest_of_settled(path.absolute(), found.st_dev, found.st_ino, found.st_size, times)
+
+
+@functools.lru_cache(KEPT_DIGESTS)
+def _digest_of_settled(
+    path: Path, _device: int, _inode: int, _size: int, _times: tuple[int, int]
+) -> str:
+    return _digest_of_content(path)
+
+
+def _digest_of_content(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 

@@ -1,6 +1,7 @@
 """The router of a composite: its gates found, watched, forced, fitted and trained."""
 
 from moiety.routers.fit import FitReport, FitSettings, GateFit, fit
+from moiety.routers.flow import Flow
 from moiety.routers.gates import (
     Gate,
     Route,
@@ -8,6 +9,7 @@ from moiety.routers.gates import (
     find_gates,
     forced,
     one_hot,
+    per_token,
     random,
     sequence_level,
     uniform,
@@ -15,18 +17,22 @@ from moiety.routers.gates import (
 )
 from moiety.routers.router import Router
 from moiety.routers.settings import TrainReport, TrainSettings
+from moiety.routers.sharding import shard
+from moiety.routers.spec import RouterSpec
 from moiety.routers.statistics import GateStatistics, collect, merge
 from moiety.routers.train import train
 
 __all__ = [
     "FitReport",
     "FitSettings",
+    "Flow",
     "Gate",
     "GateFit",
     "GateStatistics",
     "Route",
     "RoutePolicy",
     "Router",
+    "RouterSpec",
     "TrainReport",
     "TrainSettings",
     "collect",
@@ -35,8 +41,10 @@ __all__ = [
     "forced",
     "merge",
     "one_hot",
+    "per_token",
     "random",
     "sequence_level",
+    "shard",
     "train",
     "uniform",
     "watched",

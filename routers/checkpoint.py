@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moiety.errors import InputError
 from moiety.files import check_writable, digest, digest_of_file, read_json, sync, write_json
@@ -26,9 +27,13 @@ SAMPLED = 64
 
 @dataclass(frozen=True)
 class State:
-    """All that a run needs to go on: tensors by name, step, and the history of evaluations."""
+    """All that a run needs to go on, whatever the number of processes.
+
+    Tensors by name, the step, the history of evaluations, and the oracle's losses.
+    """
 
     step: int
+    oracle: dict[str, float]
     history: list[dict[str, Any]]
     tensors: dict[str, Tensor]
 
@@ -47,6 +52,8 @@ def fingerprint(model: nn.Module, settings: dict[str, Any], tensors: dict[str, T
 def _sample(tensor: Any) -> Any:
     if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.numel() == 0:
         return str(type(tensor))
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
     flat = tensor.flatten()
     step = max(1, flat.numel() // SAMPLED)
     return [str(tensor.dtype), list(tensor.shape), _bytes(flat[::step])]
@@ -65,8 +72,15 @@ def save(folder: Path, run: str, state: State) -> None:
     check_writable(folder)
     name = f"step-{state.step:08d}.safetensors"
     _write_tensors(folder / name, state.tensors)
-    content = {"run": run, "step": state.step, "history": state.history, "tensors": name}
-    write_json(folder / STATE, content | {"digest": digest_of_file(folder / name)})
+    content = {
+        "run": run,
+        "step": state.step,
+        "oracle": state.oracle,
+        "history": state.history,
+        "tensors": name,
+        "digest": digest_of_file(folder / name),
+    }
+    write_json(folder / STATE, content)
     for old in folder.glob("step-*.safetensors"):
         if old.name != name:
             old.unlink()
@@ -95,7 +109,7 @@ def load(folder: Path, run: str) -> State | None:
     try:
         path = folder / Path(content["tensors"]).name
         step, history, owner = int(content["step"]), list(content["history"]), content["run"]
-        checksum = content["digest"]
+        oracle, checksum = dict(content["oracle"]), content["digest"]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"expected a training state in {folder / STATE}, but: {error}") from error
     if owner != run:
@@ -103,7 +117,7 @@ def load(folder: Path, run: str) -> State | None:
             f"expected the checkpoint in {folder} to be of this model, text and settings, but it "
             "is of another run; choose another folder or remove it"
         )
-    return State(step, history, _read_tensors(path, checksum))
+    return State(step, oracle, history, _read_tensors(path, checksum))
 
 
 def _read_tensors(path: Path, checksum: str) -> dict[str, Tensor]:

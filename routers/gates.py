@@ -1,7 +1,7 @@
 """The gates of any stock mixture of experts: find them, watch them, override them.
 
 T tokens (batch and sequence flattened, padding included), D model width, E experts,
-A active experts (routes of one token).
+A active experts (routes of one token), W features that a gate's logits are linear in.
 """
 
 import contextlib
@@ -40,6 +40,12 @@ class Route:
     logits_TE: Tensor
     weights_TA: Tensor
     experts_TA: Tensor
+    see: Callable[[], Tensor]
+
+    @property
+    def features_TW(self) -> Tensor:
+        """What the gate's logits are linear in, in fp32; to be asked for by the listener only."""
+        return self.see()
 
 
 RoutePolicy = Callable[[Gate, Tensor], tuple[Tensor, Tensor]]
@@ -69,6 +75,8 @@ def find_gates(model: nn.Module) -> list[Gate]:
 
 
 def _gate(name: str, layer: int, module: nn.Module, block: nn.Module) -> Gate:
+    if isinstance(module, Router):
+        return Gate(name, layer, module, module.experts, module.top_k)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise InputError(
@@ -87,7 +95,13 @@ def watched(gates: Sequence[Gate], listener: Callable[[Route], None]) -> Iterato
         def listen(_module: nn.Module, inputs: tuple[Tensor, ...], outputs: Any) -> None:
             logits_TE, weights_TA, experts_TA = outputs
             hidden_TD = inputs[0].reshape(-1, inputs[0].shape[-1])
-            listener(Route(gate.layer, hidden_TD, logits_TE, weights_TA, experts_TA))
+
+            def see() -> Tensor:
+                if isinstance(gate.module, Router):
+                    return gate.module.features(inputs[0])
+                return hidden_TD.float()
+
+            listener(Route(gate.layer, hidden_TD, logits_TE, weights_TA, experts_TA, see))
 
         return listen
 
@@ -133,6 +147,22 @@ def one_hot(expert: int) -> RoutePolicy:
             torch.ones(shape, device=logits_TE.device),
             torch.full(shape, expert, dtype=torch.int64, device=logits_TE.device),
         )
+
+    return policy
+
+
+def per_token(own_WC: Tensor) -> RoutePolicy:
+    """Send each token to its own expert: `own_WC` in the order of the tokens, below 0 means 0."""
+    own_T1 = own_WC.reshape(-1, 1).clamp(min=0)
+
+    def policy(gate: Gate, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        experts_TA = own_T1.to(logits_TE.device)
+        if len(experts_TA) != len(logits_TE) or int(experts_TA.max()) >= gate.experts:
+            raise InputError(
+                f"expected one of {gate.experts} experts for each of {len(logits_TE)} tokens, but "
+                f"got {len(experts_TA)} up to number {int(experts_TA.max())}"
+            )
+        return torch.ones(experts_TA.shape, device=logits_TE.device), experts_TA
 
     return policy
 

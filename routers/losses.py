@@ -1,6 +1,7 @@
 """Losses that shape a gate, one layer at a time.
 
-T tokens (batch and sequence flattened, padding included), E experts, A active experts.
+T tokens (batch and sequence flattened, padding included), E experts, A active experts,
+V vocabulary.
 
 Every loss is a mean over the unmasked tokens of *one* layer. `total` is the number of tokens
 that the mean is over: by default this mask's own; pass the tokens of the whole global batch
@@ -10,15 +11,23 @@ is the loss of the global batch, however unevenly its tokens are spread.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 from moiety.errors import InputError
 
 
-def expert_counts(experts_TA: Tensor, mask_T: Tensor, experts: int) -> Tensor:
-    """How many unmasked tokens each expert was chosen for -> fp32 count_E."""
-    chosen = experts_TA[mask_T.bool()].flatten()
-    return torch.bincount(chosen, minlength=experts).float()
+def expert_counts(
+    experts_TA: Tensor, mask_T: Tensor, experts: int, weights_TA: Tensor | None = None
+) -> Tensor:
+    """How many unmasked tokens each expert was chosen for -> fp32 count_E.
+
+    With `weights_TA`, experts of weight 0 are not: a gate that takes as many as hold a share of
+    the probability gives the rest that weight.
+    """
+    chosen_TA = mask_T.bool()[:, None].expand_as(experts_TA)
+    if weights_TA is not None:
+        chosen_TA = chosen_TA & (weights_TA > 0)
+    return torch.bincount(experts_TA[chosen_TA], minlength=experts).float()
 
 
 def load_shares(count_E: Tensor) -> Tensor:
@@ -60,10 +69,38 @@ def domain_loss(
     return _mean(cross_entropy(kept_TE, own_T[mask_T.bool()], reduction="none"), total)
 
 
+def regret_loss(
+    logits_TE: Tensor, loss_TE: Tensor, mask_T: Tensor, total: Tensor | int | None = None
+) -> Tensor:
+    """Mean of Σ_e softmax(logits)_e · loss_e - min_e loss_e, in nats: 0 on the best expert.
+
+    The expected loss of a gate that draws one expert a token, as in the gradient of an expected
+    reward without the sampling (Williams 1992, REINFORCE). `loss_TE` is what each expert alone
+    loses on the next token, a constant. Noise in it averages out over tokens, while a target of
+    "the expert that did best on this token" would learn the noise.
+    """
+    kept_TE = _kept(logits_TE, mask_T)
+    excess_TE = _kept(loss_TE.detach(), mask_T)
+    excess_TE = excess_TE - excess_TE.amin(-1, keepdim=True)
+    return _mean((kept_TE.softmax(-1) * excess_TE).sum(-1), total)
+
+
+def distill_loss(
+    logits_TV: Tensor, teacher_TV: Tensor, mask_T: Tensor, total: Tensor | int | None = None
+) -> Tensor:
+    """Mean KL divergence of the student's from the teacher's distribution, in nats.
+
+    Hinton et al. 2015 (arXiv:1503.02531) at temperature 1; the teacher is a constant.
+    """
+    student_TV = _kept(logits_TV, mask_T).log_softmax(-1)
+    teacher_TV = _kept(teacher_TV.detach(), mask_T).log_softmax(-1)
+    return _mean(kl_div(student_TV, teacher_TV, reduction="none", log_target=True).sum(-1), total)
+
+
 def _kept(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
     if logits_TE.ndim != 2 or mask_T.shape != logits_TE.shape[:1]:
         raise InputError(
-            "expected logits (tokens, experts) and one mask entry a token, but the shapes are "
+            "expected a row of values and one mask entry for each token, but the shapes are "
             f"{tuple(logits_TE.shape)} and {tuple(mask_T.shape)}"
         )
     return logits_TE[mask_T.bool()].float()

@@ -1,10 +1,10 @@
 """Which parameters train, and the fp32 masters that the optimizer moves in their place.
 
-D model width, E experts.
+E experts, W features of a gate (the model's width, or more for one with contexts).
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -15,8 +15,17 @@ from moiety.routers.gates import Gate
 
 
 def gate_weights(gates: Sequence[Gate]) -> dict[str, nn.Parameter]:
-    """The weights (E, D) of gates by their names in the model."""
+    """The weights (E, W) of gates by their names in the model."""
     return {f"{gate.name}.weight": cast(nn.Parameter, gate.module.weight) for gate in gates}
+
+
+def gate_biases(gates: Sequence[Gate]) -> dict[str, Tensor]:
+    """The selection biases (E,) of the gates that have one, by their names in the model."""
+    return {
+        f"{gate.name}.selection_bias": gate.module.get_buffer("selection_bias")
+        for gate in gates
+        if hasattr(gate.module, "selection_bias")
+    }
 
 
 @contextlib.contextmanager
@@ -27,51 +36,67 @@ def only_gates_train(model: nn.Module, gates: Sequence[Gate]) -> Iterator[None]:
     try:
         for parameter in before:
             parameter.requires_grad_(False)
-        for weight_ED in weights.values():
-            weight_ED.requires_grad_(True)
+        for weight_EW in weights.values():
+            weight_EW.requires_grad_(True)
         trained = {name for name, one in model.named_parameters() if one.requires_grad}
         assert trained == set(weights)
         yield
     finally:
         for parameter, flag in before.items():
             parameter.requires_grad_(flag)
-        for weight_ED in weights.values():
-            weight_ED.grad = None
+        for weight_EW in weights.values():
+            weight_EW.grad = None
 
 
 class Masters:
     """fp32 copies of gate weights: small steps are not lost when a gate is stored in bf16.
 
     Mixed precision training (Micikevicius et al. 2018, arXiv:1710.03740, §3.1). The gates hold
-    the masters rounded to their own dtype, so what is evaluated is what will be saved.
+    the masters rounded to their own dtype, so what is evaluated is what will be saved. Selection
+    biases, which no optimizer moves, are kept the same way in `biases`.
     """
 
     def __init__(self, gates: Sequence[Gate]) -> None:
         self.weights = gate_weights(gates)
+        self._biases = gate_biases(gates)
         self.masters = {
-            name: nn.Parameter(weight_ED.detach().float().clone())
-            for name, weight_ED in self.weights.items()
+            name: nn.Parameter(weight_EW.detach().float().clone())
+            for name, weight_EW in self.weights.items()
         }
+        self.biases = {name: bias_E.float().clone() for name, bias_E in self._biases.items()}
 
     def take_gradients(self, accelerator: Accelerator) -> None:
         """Move the gates' gradients to the masters, summed over the processes."""
-        for name, master_ED in self.masters.items():
-            gradient_ED = self.weights[name].grad
-            if gradient_ED is None:
-                gradient_ED = torch.zeros_like(self.weights[name])
-            master_ED.grad = cast(Tensor, accelerator.reduce(gradient_ED.float(), "sum"))
+        for name, master_EW in self.masters.items():
+            gradient_EW = self.weights[name].grad
+            if gradient_EW is None:
+                gradient_EW = torch.zeros_like(self.weights[name])
+            master_EW.grad = cast(Tensor, accelerator.reduce(gradient_EW.float(), "sum"))
             self.weights[name].grad = None
 
+    def balance(self, counts: Sequence[Tensor], step: float) -> None:
+        """Raise the bias of experts with less than the mean load by `step`, lower the others'.
+
+        Loss-free balancing (arXiv:2408.15664, algorithm 1); `counts` are the tokens of each
+        expert in the layer of each bias, (E,), over all processes.
+        """
+        for bias_E, count_E in zip(self.biases.values(), counts, strict=True):
+            bias_E += step * (count_E.mean() - count_E).sign().to(bias_E.device)
+
     def write(self) -> None:
-        """Round the masters into the gates."""
-        self.write_weights(self.masters)
+        """Round the masters and the biases into the gates."""
+        self.write_gates({**self.masters, **self.biases})
 
     def snapshot(self) -> dict[str, Tensor]:
-        """A copy of the gates as they are."""
-        return {name: weight_ED.detach().clone() for name, weight_ED in self.weights.items()}
+        """A copy of the gates as they are, their biases included."""
+        return {name: tensor.detach().clone() for name, tensor in self._held().items()}
 
     @torch.no_grad()
-    def write_weights(self, values: dict[str, Tensor] | dict[str, nn.Parameter]) -> None:
+    def write_gates(self, values: Mapping[str, Tensor]) -> None:
         """Set the gates, leaving the masters."""
-        for name, value_ED in values.items():
-            self.weights[name].copy_(value_ED)
+        held = self._held()
+        for name, value in values.items():
+            held[name].copy_(value)
+
+    def _held(self) -> dict[str, Tensor]:
+        return {**self.weights, **self._biases}

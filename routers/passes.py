@@ -11,20 +11,28 @@ from torch import Tensor, nn
 
 from moiety.errors import InputError
 from moiety.routers.gates import Gate, find_gates
+from moiety.routers.labelled import LabelledText
 from moiety.scoring import token_losses
 from moiety.text import Windows
 
 
 def linear_gates(model: nn.Module) -> list[Gate]:
-    """The gates of a model, all of them a softmax over `x @ weight.T` and nothing else.
+    """The gates of a model, all of them linear in their features and with nothing else to learn.
 
-    Raises InputError for a gate with a bias or a score correction: a weight alone does not
-    decide its routes, so it can be neither fitted in closed form nor trained as one matrix.
+    A `selection_bias` is let be: it follows the load and is not learned. Raises InputError for
+    a gate that has no weight, as there is nothing to fit, and for one with a bias or a score
+    correction: a weight alone does not decide its routes, so it can be neither fitted in closed
+    form nor trained as one matrix.
     """
     gates = find_gates(model)
     for gate in gates:
+        if getattr(gate.module, "weight", None) is None:
+            raise InputError(
+                f"expected gates with a weight, but {gate.name} has none, so there is nothing to "
+                "fit or train; choose a kind of router that learns"
+            )
         tensors = [*gate.module.named_parameters(), *gate.module.named_buffers()]
-        others = [name for name, _tensor in tensors if name != "weight"]
+        others = [name for name, _tensor in tensors if name not in ("weight", "selection_bias")]
         if others:
             raise InputError(
                 f"expected {gate.name} to be a gate with a weight only, but it also has {others}; "
@@ -75,7 +83,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def run_decoder(model: nn.Module, windows: Windows) -> None:
+def run_decoder(model: nn.Module, text: Windows | LabelledText) -> None:
     """Run the decoder for what its gates see: no cache, no gradient.
 
     Vocabulary logits are left out, unless the head has a gate of its own.
@@ -85,8 +93,8 @@ def run_decoder(model: nn.Module, windows: Windows) -> None:
     routed_head = isinstance(getattr(head, "router", None), nn.Module)
     decoder = model if routed_head else getattr(model, "base_model", model)
     decoder(
-        input_ids=windows.ids_WC.to(device),
-        attention_mask=windows.mask_WC.to(device),
+        input_ids=text.ids_WC.to(device),
+        attention_mask=text.mask_WC.to(device),
         use_cache=False,
     )
 

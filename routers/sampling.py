@@ -1,4 +1,4 @@
-"""Training batches in which every domain has the same number of windows.
+"""Training batches in which every text, each domain's and the stitched one, counts the same.
 
 W windows, C context length.
 """
@@ -11,36 +11,55 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
+from moiety.routers.labelled import LabelledText, of_domain, stitched
 from moiety.text import Windows
+
+SWITCHING = "(switching)"
+"""What the text that switches domain inside its windows is called beside the domains."""
+
+
+def labelled_texts(
+    data: Mapping[str, Windows], own_expert: Mapping[str, int], switching: bool, seed: int
+) -> dict[str, LabelledText]:
+    """Every domain's text and, with `switching`, one that switches between them, under `SWITCHING`.
+
+    That one has as many windows as the largest domain. Domains that share one expert give no
+    text to stitch, so then there is none.
+    """
+    texts = {name: of_domain(windows, own_expert[name]) for name, windows in data.items()}
+    if switching and len({own_expert[name] for name in data}) > 1:
+        count = max(len(windows) for windows in data.values())
+        texts[SWITCHING] = stitched(data, own_expert, count, seed)
+    return texts
 
 
 class LabelledWindows(Dataset[dict[str, Tensor]]):
-    """All domains' windows in one list, padded to one length, each with its own expert.
+    """All texts' windows in one list, padded to one length, each token with its own expert.
 
-    An item is `ids_C`, `mask_C` and the scalar `own`, stacked to `ids_WC`, `mask_WC`, `own_W`.
+    An item is `ids_C`, `mask_C` and `own_C` (-1 for padding), stacked to `ids_WC` and so on.
     """
 
-    def __init__(self, data: Mapping[str, Windows], own_expert: Mapping[str, int]) -> None:
-        longest = max(windows.ids_WC.shape[1] for windows in data.values())
-        self.ids_WC = _stack([windows.ids_WC for windows in data.values()], longest)
-        self.mask_WC = _stack([windows.mask_WC for windows in data.values()], longest)
-        owners = [torch.full((len(windows),), own_expert[name]) for name, windows in data.items()]
-        self.own_W = torch.cat(owners)
-        self.sizes = [len(windows) for windows in data.values()]
+    def __init__(self, texts: Mapping[str, LabelledText]) -> None:
+        longest = max(text.ids_WC.shape[1] for text in texts.values())
+        self.ids_WC = _stack([text.ids_WC for text in texts.values()], longest, 0)
+        self.mask_WC = _stack([text.mask_WC for text in texts.values()], longest, 0)
+        self.own_WC = _stack([text.own_WC for text in texts.values()], longest, -1)
+        self.sizes = [len(text) for text in texts.values()]
 
     def __len__(self) -> int:
-        return len(self.own_W)
+        return len(self.ids_WC)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {
             "ids_WC": self.ids_WC[index],
             "mask_WC": self.mask_WC[index],
-            "own_W": self.own_W[index],
+            "own_WC": self.own_WC[index],
         }
 
 
-def _stack(pieces: Sequence[Tensor], longest: int) -> Tensor:
-    return torch.cat([pad(piece_WC, (0, longest - piece_WC.shape[1])) for piece_WC in pieces])
+def _stack(pieces: Sequence[Tensor], longest: int, padding: int) -> Tensor:
+    padded = [pad(piece_WC, (0, longest - piece_WC.shape[1]), value=padding) for piece_WC in pieces]
+    return torch.cat(padded)
 
 
 class EqualDomains:

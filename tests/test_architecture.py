@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("experts", "routers", "compose", "analysis")
-SHARED = {"version", "errors", "progress", "files", "documents", "text", "scoring"}
+SHARED = {"version", "errors", "progress", "files", "documents", "text", "scoring", "units"}
 MAY_IMPORT = {
     "shared": SHARED,
     "experts": SHARED | {"experts"},

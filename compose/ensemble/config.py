@@ -82,4 +82,4 @@ class EnsembleConfig(PretrainedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Write `config.json` and the module that opens it with `trust_remote_code=True`."""
         super().save_pretrained(save_directory, **kwargs)
-        write_shim(Path(save_directory), self)
+        write_shim(Path(save_directory), type(self))

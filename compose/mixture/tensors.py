@@ -102,7 +102,7 @@ def write_mixture(
     _check_complete(written, config)
     config.save_pretrained(folder)
     if getattr(config, "quantization_config", None) is not None:
-        write_shim(folder, config)
+        write_shim(folder, type(config))
     tokenizer.save_pretrained(folder)
     if generation is not None:
         generation.save_pretrained(folder)

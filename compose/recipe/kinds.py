@@ -7,9 +7,11 @@ from mergekit.merge_methods import registered_methods
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from moiety.compose.recipe.sections import Part
+from moiety.routers.spec import CHOOSING, Horizon, Kind, RouterSpec
 
 Weight = float | dict[str, float]
 """A parameter of a merge: one number for all experts, or one an expert by name."""
+HORIZONS: tuple[Horizon, ...] = (8, 32, 128)
 SHARED_WORDS = ("auto", "base", "soup", "task_arithmetic")
 
 
@@ -70,6 +72,47 @@ class Mixture(WithShared):
     """all, or the numbers of the layers with experts, such as [4, 5, 6]"""
 
 
+class RouterKind(Part):
+    """What every router of a routed composite is; see moiety.routers.RouterSpec.
+
+    `context` lets a gate see causal means of its input beside the token: over all tokens so far
+    ("mean") or the last few. `span` layers in a row follow one router.
+    """
+
+    kind: Kind = "softmax"
+    """softmax, sigmoid, sequence; or, with nothing to learn, constant, uniform, hash, random"""
+    context: tuple[Horizon, ...] | None = None
+    """horizons in tokens, or mean; [] for none; null: 8, 32 and 128 where the kind has any"""
+    mass: float | None = Field(default=None, gt=0, le=1)
+    """null, or the share of probability that is enough: no more experts than hold it"""
+    score: Literal["linear", "absolute"] = "linear"
+    """linear, or absolute: what route.init: arrow needs"""
+    span: Literal["all"] | Annotated[int, Field(ge=1)] = 1
+    """layers in a row that follow one router"""
+    weights: dict[str, float] = Field(default={})
+    """for kind: constant, the weight of every expert by name"""
+
+    @property
+    def horizons(self) -> tuple[Horizon, ...]:
+        """The context, or the default one for kinds that have any."""
+        if self.context is None:
+            return HORIZONS if self.kind in CHOOSING else ()
+        return self.context
+
+    def spec(self, names: Sequence[str], top_k: int, seed: int) -> RouterSpec:
+        """As the routers have it; ValueError unless the settings fit together."""
+        weights = tuple(self.weights[name] for name in names) if self.weights else None
+        return RouterSpec(
+            kind=self.kind,
+            top_k=top_k,
+            mass=self.mass,
+            context=self.horizons,
+            score=self.score,
+            weights=weights,
+            seed=seed,
+        )
+
+
 class Routed(WithShared):
     """Every pruned linear is routed, in our own thin model class.
 
@@ -87,6 +130,7 @@ class Routed(WithShared):
     """experts that a token is sent to"""
     routers: Literal["layer", "split"] = "layer"
     """one a layer, or one each for its attention and its FFN"""
+    router: RouterKind = RouterKind()
     norms: Literal["shared", "routed"] = "shared"
     """from the shared part, or each expert's own"""
     embeddings: Literal["shared", "routed"] = "shared"
@@ -101,7 +145,27 @@ class Routed(WithShared):
                 "norms: routed needs routers: layer, because a norm stands before the module that "
                 "split routers look at; leave one of them out"
             )
+        if self.router.span != 1 and self.routers == "split":
+            raise ValueError("router.span needs routers: layer; leave one of them out")
         return self
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise ValueError unless shared part and router fit the experts' `names`."""
+        super().check(names)
+        if self.router.weights and sorted(self.router.weights) != sorted(names):
+            raise ValueError(
+                f"compose.router.weights must name every expert ({', '.join(names)}), but they "
+                f"name {', '.join(self.router.weights)}"
+            )
+        self.router.spec(names, self.top_k, 0)
+
+    def spec(self, names: Sequence[str], seed: int) -> RouterSpec:
+        """What every router is."""
+        return self.router.spec(names, self.top_k, seed)
+
+    def layers_of(self, layers: int) -> int:
+        """For how many of a model's `layers` each router decides."""
+        return layers if self.router.span == "all" else self.router.span
 
 
 class Merge(Part):

@@ -115,18 +115,24 @@ class Prune(Part):
 class Route(Part):
     """How the gates are learned: a closed-form start, then `train_steps` of gate-only training."""
 
-    init: Literal["ridge", "centroid", "random"] = "ridge"
-    """how the gates start: ridge and centroid are solved in closed form, random is a control"""
+    init: Literal["ridge", "logistic", "centroid", "arrow", "prompts", "random"] = "ridge"
+    """how the gates start: ridge, logistic, centroid; arrow (no text); controls prompts, random"""
     penalty: float = Field(default=FitSettings().penalty, gt=0)
-    """strength of ridge's penalty"""
+    """strength of ridge's and logistic's penalty"""
+    stitch: float = Field(default=FitSettings().stitch, ge=0)
+    """windows that switch domain inside, made for each of a domain's own; 0 for none"""
     train_steps: int = Field(default=100, ge=0)
-    """steps of training on next-token loss, gates only; 0 for none"""
+    """steps of training, gates only; 0 for none"""
+    objective: Literal["language", "distill", "domain", "regret"] = "language"
+    """what is trained on: next-token loss, the own expert's distribution, labels, or regret"""
     learning_rate: float = Field(default=TrainSettings().learning_rate, gt=0)
     """of that training"""
     domain_weight: float = Field(default=TrainSettings().domain_weight, ge=0)
     """weight of the loss that draws tokens to their own domain's expert"""
+    balance: Literal["loss", "bias", "none"] = TrainSettings().balance
+    """how experts are kept in use: a loss, a selection bias (kind: sigmoid), or not at all"""
     balance_weight: float = Field(default=TrainSettings().balance_weight, ge=0)
-    """weight of the loss that keeps all experts in use"""
+    """weight of that loss"""
     z_weight: float = Field(default=TrainSettings().z_weight, ge=0)
     """weight of the loss that keeps the gates' logits small"""
 

@@ -1,5 +1,5 @@
-"""Routed models: every linear of a decoder routed, as sparse deltas on a base or whole."""
+"""Routed models: our own thin class for composites that no stock model can hold."""
 
-from moiety.compose.routed.model import RoutedConfig, RoutedForCausalLM, RoutedLayout
+from moiety.compose.routed.model import RoutedConfig, RoutedLayout
 
-__all__ = ["RoutedConfig", "RoutedForCausalLM", "RoutedLayout"]
+__all__ = ["RoutedConfig", "RoutedLayout"]

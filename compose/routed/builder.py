@@ -14,14 +14,17 @@ from transformers import PreTrainedModel
 
 from moiety.compose.recipe import Routed
 from moiety.compose.routed.model import (
-    AUTO_MAP,
+    RoutedConfig,
     RoutedLayout,
     config_class,
+    final_norms,
     model_class,
+    name_of,
+    norms_of,
     width_of,
-    write_shim,
 )
 from moiety.compose.routing import RoutingBuilder
+from moiety.compose.shim import write_shim
 from moiety.errors import InputError
 from moiety.experts.architecture import Architecture
 from moiety.experts.calibrate import decoder_blocks
@@ -32,6 +35,7 @@ from moiety.experts.pattern import Pattern
 from moiety.experts.quantizer import PackedConfig
 from moiety.experts.shards import write_weights
 from moiety.experts.unpack import dense_view
+from moiety.routers import Router
 
 ENDS = ("", "_mask", "_scale")
 
@@ -76,8 +80,7 @@ class RoutedBuilder(RoutingBuilder):
         if self.settings.head == "shared":
             return None
         architecture = Architecture(self.base.config)
-        head = architecture.model.get_output_embeddings()
-        name = next(n for n, module in architecture.model.named_modules() if module is head)
+        name = name_of(architecture.model, architecture.model.get_output_embeddings())
         if f"{name}.weight" in architecture.tied:
             raise InputError(
                 "expected a head of its own for head: routed, but this base ties it to the "
@@ -96,17 +99,9 @@ class RoutedBuilder(RoutingBuilder):
         inside = {
             f"{prefix}.{number}.{name}.weight"
             for number, block in enumerate(blocks)
-            for name, module in block.named_modules()
-            if type(module).__name__.endswith("RMSNorm")
-            and tuple(module.get_parameter("weight").shape) == (width,)
+            for name in norms_of(block, width)
         }
-        owner = prefix.rpartition(".")[0]
-        final = model.get_submodule(owner).named_children()
-        return inside | {
-            f"{owner}.{name}.weight".lstrip(".")
-            for name, module in final
-            if type(module).__name__.endswith("RMSNorm")
-        }
+        return inside | {f"{name}.weight" for name in final_norms(model, prefix)}
 
     @cached_property
     def embedding(self) -> str | None:
@@ -114,13 +109,13 @@ class RoutedBuilder(RoutingBuilder):
         if self.settings.embeddings == "shared":
             return None
         architecture = Architecture(self.base.config)
-        model, embedding = architecture.model, architecture.model.get_input_embeddings()
+        model = architecture.model
         if architecture.tied:
             raise InputError(
                 "expected embeddings of their own for embeddings: routed, but this base ties its "
                 "head to them, which would stay as it is; leave both in the shared part"
             )
-        return next(f"{n}.weight" for n, m in model.named_modules() if m is embedding)
+        return f"{name_of(model, model.get_input_embeddings())}.weight"
 
     def is_shared(self, name: str) -> bool:
         """Everything but the routed linears, which are the base's or nobody's."""
@@ -175,7 +170,7 @@ class RoutedBuilder(RoutingBuilder):
         packing = self._packing(dense=dense)
         write_weights(folder, self._tensors_of(shared_part, gates, packing, dense=dense))
         self._config(packing).save_pretrained(folder)
-        write_shim(folder)
+        write_shim(folder, RoutedConfig)
         self.tokenizer.save_pretrained(folder)
         if self.generation is not None:
             self.generation.save_pretrained(folder)
@@ -199,8 +194,9 @@ class RoutedBuilder(RoutingBuilder):
             experts=self.recipe.names,
             architecture=self.base.config.model_type,
             base=self.settings.base == "dense",
-            top_k=self.settings.top_k,
+            router=self.settings.spec(self.recipe.names, self.recipe.seed),
             routers=self.settings.routers,
+            span=self.settings.layers_of(self.base.config.num_hidden_layers),
             norms=self.settings.norms == "routed",
             embeddings=self.settings.embeddings == "routed",
             head=self.settings.head == "routed",
@@ -214,7 +210,6 @@ class RoutedBuilder(RoutingBuilder):
         }
         config = config_class(self.base.config.model_type)(**fields)
         config.architectures = ["RoutedForCausalLM"]
-        config.auto_map = AUTO_MAP
         config.moiety = self.layout().model_dump()
         config.quantization_config = packing
         return config
@@ -280,11 +275,15 @@ class RoutedBuilder(RoutingBuilder):
             yield f"{module}.experts_bias", torch.stack([t[name] for t in self.finetunes.values()])
 
     def _zero_gates(self, packing: PackedConfig) -> dict[str, Tensor]:
-        """Gates that prefer no expert, by the names of their modules' weights."""
+        """Gates that prefer no expert, by the names of their tensors."""
         with torch.device("meta"):
             config = self._config(packing)
             model = model_class(type(config))(config)
-        names = [name for name, _ in model.named_parameters() if name.endswith("router.weight")]
-        width = width_of(model)
         dtype = getattr(self.base.config, "dtype", None) or torch.float32
-        return {name: torch.zeros(len(self.finetunes), width, dtype=dtype) for name in names}
+        found: dict[str, Tensor] = {}
+        for name, router in model.named_modules():
+            if isinstance(router, Router):
+                for key, tensor in router.state_dict().items():
+                    own = dtype if key == "weight" else tensor.dtype
+                    found[f"{name}.{key}"] = torch.zeros(tensor.shape, dtype=own)
+        return found

@@ -25,36 +25,28 @@ from transformers import (
 from moiety.compose.routed.modules import (
     RoutedLinear,
     Routes,
+    follow,
     route_before,
     route_embedding,
     route_norm,
 )
+from moiety.compose.shim import write_shim
 from moiety.errors import InputError
 from moiety.experts.calibrate import decoder_blocks
 from moiety.experts.quantizer import PackedConfig
 from moiety.experts.sites import site_of
-from moiety.files import write_text
-from moiety.routers import Router
+from moiety.routers import Flow, Router, RouterSpec
 
 MODEL_TYPE = "moiety_routed"
-SHIM = "moiety_routed.py"
-SHIM_TEXT = '''"""Lets transformers open this checkpoint without being told to import moiety (pip install moiety)."""
-
-from moiety.compose.routed import RoutedConfig, RoutedForCausalLM
-
-__all__ = ["RoutedConfig", "RoutedForCausalLM"]
-'''
-AUTO_MAP = {
-    "AutoConfig": "moiety_routed.RoutedConfig",
-    "AutoModelForCausalLM": "moiety_routed.RoutedForCausalLM",
-}
 
 
 class RoutedLayout(BaseModel):
     """What is routed in a model, as `config.moiety` has it.
 
     `experts` are their names, `architecture` the stock model type, `base` whether the dense
-    weights stay under the routed ones; `routers` is `layer` or `split` (attention, FFN).
+    weights stay under the routed ones. `router` is what every router is; `routers` says whether
+    there is one a `layer` or `split` ones (attention, FFN), `span` for how many layers each
+    decides.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,8 +54,9 @@ class RoutedLayout(BaseModel):
     experts: list[str]
     architecture: str
     base: bool
-    top_k: int
+    router: RouterSpec
     routers: str
+    span: int = 1
     norms: bool = False
     embeddings: bool = False
     head: bool = False
@@ -86,22 +79,6 @@ class RoutedConfig(PretrainedConfig):
         """Nothing: `save_pretrained` writes its own shim."""
 
 
-class RoutedForCausalLM:
-    """Opens routed models: what `auto_map` of a checkpoint names."""
-
-    config_class = RoutedConfig
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        """As of the stock class, whichever the checkpoint is made of."""
-        config = kwargs.pop("config", None) or RoutedConfig.from_pretrained(folder)
-        return model_class(type(config)).from_pretrained(folder, *args, config=config, **kwargs)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
-        """Nothing: `save_pretrained` writes its own shim."""
-
-
 class _Routed(PreTrainedModel):
     """What routed models add to their stock class."""
 
@@ -112,12 +89,7 @@ class _Routed(PreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As of the stock class, with the shim beside it."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        write_shim(Path(save_directory))
-
-
-def write_shim(folder: Path) -> None:
-    """The module in a checkpoint that `auto_map` names."""
-    write_text(folder / SHIM, SHIM_TEXT)
+        write_shim(Path(save_directory), RoutedConfig)
 
 
 @functools.cache
@@ -147,27 +119,27 @@ def model_class(config: type[PretrainedConfig]) -> type[PreTrainedModel]:
 
 def install(model: PreTrainedModel, config: Any) -> None:
     """Put routers and routed layers into a stock model, empty, as `config` says."""
-    layout = RoutedLayout.model_validate(config.moiety)
     packing = PackedConfig.of(config)
     if packing is None:
         raise InputError("expected a quantization_config that names the routed matrices")
     prefix, blocks = decoder_blocks(model)
-    width = width_of(model)
+    made = _Making(model, RoutedLayout.model_validate(config.moiety), packing, len(blocks))
+    follow(model.get_submodule(prefix.rpartition(".")[0]), blocks[0], made.flow)
     found: set[str] = set()
     for number, block in enumerate(blocks):
         name = f"{prefix}.{number}"
         linears = [m.removeprefix(f"{name}.") for m in packing.modules if m.startswith(f"{name}.")]
-        last = _route_block(name, block, linears, layout, packing, width)
+        made.route_block(number, name, block, linears)
         found |= {f"{name}.{linear}" for linear in linears}
-        if number == len(blocks) - 1 and layout.norms:
-            for norm in _final_norms(model, prefix):
-                route_norm(norm, len(layout.experts), last)
-    if layout.embeddings:
-        embedding = model.get_input_embeddings()
-        embedding.router = Router(width, len(layout.experts), layout.top_k)
-        route_embedding(cast(nn.Embedding, embedding), len(layout.experts), Routes())
-    if layout.head:
-        found.add(_route_head(model, layout, packing, width))
+    if made.layout.norms:
+        for norm in final_norms(model, prefix).values():
+            route_norm(norm, made.experts, made.routes)
+    if made.layout.embeddings:
+        embedding = cast(nn.Embedding, model.get_input_embeddings())
+        embedding.router = made.router(plain=True)
+        route_embedding(embedding, made.experts, Routes())
+    if made.layout.head:
+        found.add(made.route_head())
     strange = sorted(set(packing.modules) - found)
     if strange:
         raise InputError(
@@ -175,32 +147,69 @@ def install(model: PreTrainedModel, config: Any) -> None:
         )
 
 
+class _Making:
+    """A stock model on its way to a routed one; `routes` are those of the latest router."""
+
+    def __init__(
+        self, model: PreTrainedModel, layout: RoutedLayout, packing: PackedConfig, layers: int
+    ) -> None:
+        self.model, self.layout, self.packing = model, layout, packing
+        self.flow = Flow(layout.router.horizons, layers)
+        self.width, self.experts = width_of(model), len(layout.experts)
+        self.routes = Routes()
+        self._made = 0
+
+    def router(self, *, plain: bool = False) -> Router:
+        """One more router; a plain one remembers nothing of earlier tokens."""
+        spec = self.layout.router.plain() if plain else self.layout.router
+        self._made += 1
+        return Router(self.width, self.experts, spec, self.flow, self._made - 1)
+
+    def route_block(self, number: int, name: str, block: nn.Module, linears: list[str]) -> None:
+        """Route the linears of one decoder block."""
+        for site, members in _sites(linears, self.layout.routers):
+            place = block.get_submodule(site)
+            if number % self.layout.span == 0:
+                self.routes = Routes()
+                place.router = self.router()
+                route_before(place, self.routes)
+            for linear in members:
+                self._replace(block, linear, f"{name}.{linear}")
+            if self.layout.norms:
+                for norm in norms_of(place, self.width).values():
+                    route_norm(norm, self.experts, self.routes)
+
+    def route_head(self) -> str:
+        """Route the output head on its own input; gives its name."""
+        name = name_of(self.model, self.model.get_output_embeddings())
+        self.routes = Routes()
+        head = self._replace(self.model, name, name)
+        head.router = self.router(plain=True)
+        route_before(head, self.routes)
+        return name
+
+    def _replace(self, parent: nn.Module, linear: str, name: str) -> RoutedLinear:
+        stock = parent.get_submodule(linear)
+        if not isinstance(stock, nn.Linear):
+            raise InputError(
+                f"expected {name} to be a linear layer, but it is {type(stock).__name__}"
+            )
+        routed = RoutedLinear(
+            stock,
+            self.experts,
+            self.packing.pattern_of(name),
+            self.packing.values,
+            self.routes,
+            base=self.layout.base,
+        )
+        place, _, attribute = linear.rpartition(".")
+        setattr(parent.get_submodule(place), attribute, routed)
+        return routed
+
+
 def width_of(model: PreTrainedModel) -> int:
     """A model's width: that of its embeddings."""
     return cast(nn.Embedding, model.get_input_embeddings()).embedding_dim
-
-
-def _route_block(
-    name: str,
-    block: nn.Module,
-    linears: list[str],
-    layout: RoutedLayout,
-    packing: PackedConfig,
-    width: int,
-) -> Routes:
-    """Route the linears of one decoder block; gives the routes of its (last) router."""
-    routes = Routes()
-    for site, members in _sites(linears, layout.routers):
-        routes = Routes()
-        place = block.get_submodule(site)
-        place.router = Router(width, len(layout.experts), layout.top_k)
-        route_before(place, routes)
-        for linear in members:
-            _replace(block, linear, f"{name}.{linear}", layout, packing, routes)
-        if layout.norms:
-            for norm in _norms(place, width):
-                route_norm(norm, len(layout.experts), routes)
-    return routes
 
 
 def _sites(linears: list[str], routers: str) -> Iterator[tuple[str, list[str]]]:
@@ -220,56 +229,29 @@ def _common_parent(members: list[str]) -> str:
     return ".".join(shared)
 
 
-def _replace(
-    parent: nn.Module,
-    linear: str,
-    name: str,
-    layout: RoutedLayout,
-    packing: PackedConfig,
-    routes: Routes,
-) -> RoutedLinear:
-    stock = parent.get_submodule(linear)
-    if not isinstance(stock, nn.Linear):
-        raise InputError(f"expected {name} to be a linear layer, but it is {type(stock).__name__}")
-    routed = RoutedLinear(
-        stock,
-        len(layout.experts),
-        packing.pattern_of(name),
-        packing.values,
-        routes,
-        base=layout.base,
-    )
-    place, _, attribute = linear.rpartition(".")
-    setattr(parent.get_submodule(place), attribute, routed)
-    return routed
+def name_of(model: nn.Module, wanted: nn.Module | None) -> str:
+    """Name of a module in its model; there must be one."""
+    return next(name for name, module in model.named_modules() if module is wanted)
 
 
-def _route_head(
-    model: PreTrainedModel, layout: RoutedLayout, packing: PackedConfig, width: int
-) -> str:
-    """Route the output head on its own input."""
-    name = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
-    routes = Routes()
-    head = _replace(model, name, name, layout, packing, routes)
-    head.router = Router(width, len(layout.experts), layout.top_k)
-    route_before(head, routes)
-    return name
+def norms_of(place: nn.Module, width: int) -> dict[str, nn.Module]:
+    """RMS norms of the model's width below a module, by their names in it."""
+    return {
+        name: module
+        for name, module in place.named_modules()
+        if _is_norm(module) and tuple(module.get_parameter("weight").shape) == (width,)
+    }
 
 
-def _norms(place: nn.Module, width: int) -> list[nn.Module]:
-    """RMS norms of the model's width below a module."""
-    return [
-        module
-        for module in place.modules()
-        if type(module).__name__.endswith("RMSNorm")
-        and tuple(module.get_parameter("weight").shape) == (width,)
-    ]
+def final_norms(model: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """Norms after the last of the blocks in `prefix`, by their full names."""
+    owner = prefix.rpartition(".")[0]
+    children = model.get_submodule(owner).named_children()
+    return {f"{owner}.{name}".lstrip("."): module for name, module in children if _is_norm(module)}
 
 
-def _final_norms(model: PreTrainedModel, prefix: str) -> list[nn.Module]:
-    """Norms after the last block."""
-    owner = model.get_submodule(prefix.rpartition(".")[0])
-    return [m for m in owner.children() if type(m).__name__.endswith("RMSNorm")]
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm")
 
 
 AutoConfig.register(MODEL_TYPE, RoutedConfig, exist_ok=True)

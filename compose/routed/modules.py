@@ -4,6 +4,8 @@ B batch, S sequence, T tokens (B x S), D model width, E experts, A active expert
 features, V vocabulary.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.nn.functional import linear
 from moiety.experts import kernels
 from moiety.experts.modules import PackedModule
 from moiety.experts.pattern import Pattern
-from moiety.routers import Router
+from moiety.routers import Flow, Router
 
 EPSILON = 1e-6
 
@@ -25,10 +27,9 @@ class Routes:
     experts_TA: Tensor
 
     def set(self, router: Router, hidden: Tensor) -> None:
-        """Route hidden states (..., D), each scaled to a mean square of 1 first."""
-        hidden_TD = hidden.reshape(-1, hidden.shape[-1])
-        normed_TD = normalised(hidden_TD, EPSILON).to(hidden_TD.dtype)
-        _logits_TE, self.weights_TA, self.experts_TA = router(normed_TD)
+        """Route hidden states (B, S, D), each scaled to a mean square of 1 first."""
+        normed = normalised(hidden, EPSILON).to(hidden.dtype)
+        _logits_TE, self.weights_TA, self.experts_TA = router(normed)
 
     def mix(self, experts_ED: Tensor) -> Tensor:
         """Each token's weighted sum of the experts' vectors (E, D) -> (T, D)."""
@@ -94,13 +95,14 @@ def route_norm(norm: nn.Module, experts: int, routes: Routes) -> None:
     """
     weight = norm.get_parameter("weight")
     norm.experts = _frozen(weight.new_empty(experts, *weight.shape))
+    _remember(norm, routes)
+    norm.__class__ = _with_change(type(norm), _change_norm)
+
+
+def _change_norm(norm: nn.Module, input: Tensor, output: Tensor) -> Tensor:
     epsilon = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", EPSILON)))
-
-    def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        change = routes.mix(module.get_parameter("experts")).reshape(args[0].shape)
-        return output + (change.float() * normalised(args[0], epsilon)).to(output.dtype)
-
-    norm.register_forward_hook(after)
+    change = _routes(norm).mix(norm.get_parameter("experts")).reshape(input.shape)
+    return output + (change.float() * normalised(input, epsilon)).to(output.dtype)
 
 
 def route_embedding(embedding: nn.Embedding, experts: int, routes: Routes) -> None:
@@ -110,28 +112,75 @@ def route_embedding(embedding: nn.Embedding, experts: int, routes: Routes) -> No
     token's own base embedding, so it knows the word and nothing of its context.
     """
     embedding.experts = _frozen(embedding.weight.new_empty(experts, *embedding.weight.shape))
+    _remember(embedding, routes)
+    embedding.__class__ = _with_change(type(embedding), _change_embedding)
 
-    def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        assert isinstance(module.router, Router)
-        routes.set(module.router, output)
-        change_TAD = module.get_parameter("experts")[routes.experts_TA, args[0].reshape(-1, 1)]
-        weights_TA1 = routes.weights_TA.to(change_TAD.dtype)[..., None]
-        scale = getattr(module, "embed_scale", 1.0)
-        return output + ((weights_TA1 * change_TAD).sum(1) * scale).reshape(output.shape)
 
-    embedding.register_forward_hook(after)
+def _change_embedding(module: nn.Module, input: Tensor, output: Tensor) -> Tensor:
+    routes = _routes(module)
+    assert isinstance(module.router, Router)
+    routes.set(module.router, output)
+    change_TAD = module.get_parameter("experts")[routes.experts_TA, input.reshape(-1, 1)]
+    weights_TA1 = routes.weights_TA.to(change_TAD.dtype)[..., None]
+    scale = getattr(module, "embed_scale", 1.0)
+    return output + ((weights_TA1 * change_TAD).sum(1) * scale).reshape(output.shape)
+
+
+@functools.cache
+def _with_change(stock: type[Any], change: Callable[[Any, Tensor, Tensor], Tensor]) -> type[Any]:
+    """A module's class with a change to its output, inside `forward`.
+
+    There, and not in a hook, whoever moves weights about (accelerate's offloading) sees it.
+    """
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return change(self, input, stock.forward(self, input))
+
+    return type(f"Routed{stock.__name__}", (stock,), {"forward": forward})
 
 
 def route_before(site: nn.Module, routes: Routes) -> None:
     """Let the `router` of a module decide on that module's own input, before it runs."""
+    _remember(site, routes)
+    site.register_forward_pre_hook(_decide, with_kwargs=True)
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        router = module.router
-        assert isinstance(router, Router)
-        routes.set(router, hidden)
 
-    site.register_forward_pre_hook(before, with_kwargs=True)
+def _decide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    assert isinstance(module.router, Router)
+    _routes(module).set(module.router, args[0] if args else kwargs["hidden_states"])
+
+
+def follow(decoder: nn.Module, first: nn.Module, flow: Flow) -> None:
+    """Tell a model's flow what the decoder is given and what its first block is given."""
+    for module in (decoder, first):
+        module.__dict__["_flow"] = flow
+    decoder.register_forward_pre_hook(_begin, with_kwargs=True)
+    first.register_forward_pre_hook(_enter, with_kwargs=True)
+    decoder.register_forward_hook(_end)
+
+
+def _begin(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    ids_BS = args[0] if args else kwargs.get("input_ids")
+    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+    decoder.__dict__["_flow"].begin(ids_BS, mask)
+
+
+def _enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    hidden_BSD = args[0] if args else kwargs["hidden_states"]
+    flow = block.__dict__["_flow"]
+    flow.enter(hidden_BSD, kwargs.get("past_key_values"), kwargs.get("position_ids"))
+
+
+def _end(decoder: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+    decoder.__dict__["_flow"].end()
+
+
+def _remember(module: nn.Module, routes: Routes) -> None:
+    module.__dict__["_routes"] = routes
+
+
+def _routes(module: nn.Module) -> Routes:
+    return module.__dict__["_routes"]
 
 
 def normalised(hidden: Tensor, epsilon: float) -> Tensor:

@@ -14,8 +14,16 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from experiments.merging_sparse_experts.run import HELD_OUT_WINDOWS, Lab, cells, key_of, started
+from experiments.merging_sparse_experts.run import (
+    HELD_OUT_WINDOWS,
+    Lab,
+    cells,
+    controls,
+    key_of,
+    measured_how,
+)
 from experiments.merging_sparse_experts.tables import tables
+from experiments.results import started
 from moiety.compose import Recipe
 from moiety.console import ConsoleProgress
 from moiety.files import write_json
@@ -36,7 +44,7 @@ def main() -> None:
     progress = ConsoleProgress()
     work = arguments.work or arguments.out.with_name(f"{arguments.out.name}.work")
     lab = Lab(Recipe.read(arguments.recipe), work, arguments.held_out, progress)
-    results = started(lab, arguments.out)
+    results = started(arguments.out, measured_how(lab), lambda: controls(lab))
     texts = arguments.only.split(",") if arguments.only else [""]
     wanted = [cell for cell in cells() if any(text in key_of(cell) for text in texts)]
     wanted = [cell for cell in wanted if key_of(cell) not in results["cells"]]

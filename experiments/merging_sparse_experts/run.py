@@ -28,7 +28,6 @@ from moiety.experts.checkpoint import Checkpoint
 from moiety.experts.pattern import Pattern
 from moiety.experts.prune import prune
 from moiety.experts.unpack import dense_view
-from moiety.files import read_json
 from moiety.progress import SILENT, Progress
 from moiety.scoring import score
 from moiety.text import Windows, read_documents, token_windows
@@ -233,9 +232,9 @@ def controls(lab: Lab) -> dict[str, Any]:
     return {"base": lab.losses({}), "dense": dense, "sparse": sparse}
 
 
-def started(lab: Lab, out: Path) -> dict[str, Any]:
-    """The results so far; InputError when they were measured in another way."""
-    how = {
+def measured_how(lab: Lab) -> dict[str, Any]:
+    """What results of two runs must share to stand in one file."""
+    return {
         "seeds": list(SEEDS),
         "context_length": lab.recipe.context_length,
         "calibration_windows": lab.recipe.calibration_windows,
@@ -244,13 +243,3 @@ def started(lab: Lab, out: Path) -> dict[str, Any]:
         "methods": [{**asdict(method), "values": list(method.values)} for method in METHODS],
         "torch": torch.__version__,
     }
-    results = read_json(out) if out.is_file() else {"cells": {}, **how}
-    for name, value in how.items():
-        if results[name] != value:
-            raise InputError(
-                f"expected results of {name} {value} in {out}, but it has {results[name]}; "
-                "choose another --out"
-            )
-    if "controls" not in results:
-        results["controls"] = controls(lab)
-    return results

@@ -97,6 +97,9 @@ def export(
     dense: Annotated[
         bool, typer.Option("--dense", help="As a stock dense checkpoint, for other engines.")
     ] = False,
+    expert: Annotated[
+        str | None, typer.Option(help="One expert of a routed model, as a dense checkpoint.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="bf16, fp16 or fp32; default: as it is.")
     ] = None,
@@ -108,9 +111,12 @@ def export(
     from moiety.experts import export_dense, merge_delta
     from moiety.experts.delta import is_task_vector
 
-    if not dense:
-        raise InputError("expected --dense: a stock dense checkpoint is what can be exported")
+    if not dense and expert is None:
+        raise InputError("expected --dense or --expert NAME: a stock dense checkpoint is exported")
     quiet_libraries()
+    if _is_routed(model, expert):
+        _export_expert(model, expert, out, dtype or base)
+        return
     if is_task_vector(model):
         if dtype is not None:
             raise InputError("expected no --dtype for a task vector; it takes its base's dtypes")
@@ -130,6 +136,29 @@ def export(
         "dense_bytes": report.dense_bytes,
     }
     show(values, [Table(title=f"dense model in {out}", columns=("", ""), rows=rows)], as_json)
+
+
+def _is_routed(model: str, expert: str | None) -> bool:
+    from moiety.compose.exporting import layout_of
+    from moiety.experts.checkpoint import Checkpoint
+
+    layout = layout_of(Checkpoint(model))
+    if expert is None and layout is not None:
+        raise InputError(
+            f"expected a model with a stock layout, but {model} routes its linears, which none "
+            f"has; export one expert with --expert NAME ({', '.join(layout.experts)})"
+        )
+    return expert is not None
+
+
+def _export_expert(model: str, expert: str | None, out: Path, foreign: str | None) -> None:
+    from moiety.compose.exporting import export_expert
+
+    assert expert is not None
+    if foreign is not None:
+        raise InputError("expected no --dtype or --base with --expert; it keeps its dtypes")
+    export_expert(model, expert, out, ConsoleProgress())
+    ConsoleProgress().note(f"wrote {out}")
 
 
 @app.command(rich_help_panel=EXPERTS)

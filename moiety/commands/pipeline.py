@@ -7,10 +7,7 @@ import typer
 
 from moiety.commands.common import (
     PIPELINE,
-    Context,
-    Data,
     Json,
-    Seed,
     app,
     pairs,
     quiet_libraries,
@@ -195,50 +192,3 @@ def edit(
     rows = tuple((name, str(path)) for name, path in report.experts.items())
     table = Table(title=f"composite in {out}", columns=("expert", "pruned in"), rows=rows)
     show(report.to_dict(), [table, _invariants_table(report.invariants)], as_json)
-
-
-@app.command(rich_help_panel=PIPELINE)
-def route(
-    model: Annotated[Path, typer.Argument(help="Folder of a composite.")],
-    data: Data,
-    init: Annotated[str, typer.Option(help="ridge, centroid or random.")] = "ridge",
-    train_steps: Annotated[int, typer.Option(help="Gate-only training steps.", min=0)] = 100,
-    windows: Annotated[int, typer.Option(help="Windows a domain.", min=8)] = 128,
-    context_length: Context = 512,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Folder from which stopped training goes on.")
-    ] = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Learn a composite's gates from labelled text: closed form, then training."""
-    from moiety.analysis.tables import Table
-    from moiety.compose import route as run
-    from moiety.compose.recipe import Route
-
-    if init not in ("ridge", "centroid", "random"):
-        raise InputError(f"init must be ridge, centroid or random, but it is {init!r}")
-    quiet_libraries()
-    report = run(
-        model,
-        pairs(data),
-        Route(init=init, train_steps=train_steps),
-        context_length=context_length,
-        windows=windows,
-        seed=seed,
-        checkpoint=checkpoint,
-        progress=ConsoleProgress(),
-    )
-    rows = [
-        (gate.name, f"{gate.mean_accuracy:.3f}", f"{gate.cross_entropy:.3f}")
-        for gate in report.fitted.gates
-    ]
-    note = f"{report.parameters:,} trainable parameters, exactly the gates'"
-    if report.training is not None:
-        note += (
-            f"; held-out loss {report.training.start_loss:.4f} -> {report.training.best_loss:.4f}"
-        )
-    columns = ("gate", "own-domain accuracy", "cross-entropy")
-    title = f"gates of {model}"
-    table = Table(title=title, columns=columns, rows=tuple(rows), note=note)
-    show(report.to_dict(), [table], as_json)

@@ -48,7 +48,7 @@ def models(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Models:
     build(world.write_recipe(folder / "recipe.yaml"), folder / "composite")
     export_dense(folder / "composite", folder / "export")
     config = AutoConfig.from_pretrained(folder / "composite")
-    write_shim(folder / "composite", config)
+    write_shim(folder / "composite", type(config))
     text = world.texts["letters"]["calibration"]
     finetune = world.finetunes["letters"]
     prune(finetune, folder / "packed", text, SETTINGS)

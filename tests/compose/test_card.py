@@ -51,7 +51,7 @@ def card_of(built: tuple[Recipe, BuildReport], folder: Path, **told: Any) -> Mod
     """The card of a copy of the composite in `folder`, with a shim."""
     recipe, report = built
     shutil.copytree(report.composite, folder)
-    write_shim(folder, AutoConfig.from_pretrained(folder))
+    write_shim(folder, type(AutoConfig.from_pretrained(folder)))
     write_card(folder, recipe, report, **told)
     return ModelCard.load(folder / "README.md")
 

@@ -141,7 +141,7 @@ def test_it_reloads_saves_and_generates_equally(built: Path, tmp_path: Path) -> 
     first, second = (load_file(f / "model.safetensors") for f in (built, tmp_path / "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert (tmp_path / "again" / "moiety_routed.py").is_file()
+    assert (tmp_path / "again" / "moiety_shim.py").is_file()
 
 
 def test_generation_is_the_same_however_it_is_run(built: Path) -> None:

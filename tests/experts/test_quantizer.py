@@ -72,7 +72,7 @@ def reports(caplog: pytest.LogCaptureFixture) -> Any:
     """What transformers logs, its load report of missing and unexpected weights included."""
     logger = logging.get_logger("transformers")
     level = logger.level
-    logger.setLevel("WARNING")
+    logger.setLevel(30)
     logger.propagate = True
     yield caplog
     logger.propagate = False

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from moiety import files
 from moiety.errors import InputError, OutputError
-from moiety.files import digest_of_folder, new_folder, read_json, write_json
+from moiety.files import digest_of_file, digest_of_folder, new_folder, read_json, write_json
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -68,3 +70,38 @@ def test_digest_sees_names_and_contents(tmp_path: Path) -> None:
     second = digest_of_folder(tmp_path)
     (tmp_path / "a").rename(tmp_path / "b")
     assert len({first, second, digest_of_folder(tmp_path)}) == 3
+
+
+def test_a_file_is_read_for_its_digest_once_and_again_when_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even when a change in place leaves size, inode and time of modification as they were."""
+    path, read = tmp_path / "a", []
+    digest_of_content = files._digest_of_content
+
+    def counted(file: Path) -> str:
+        read.append(file)
+        return digest_of_content(file)
+
+    monkeypatch.setattr(files, "_digest_of_content", counted)
+    monkeypatch.setattr(files, "SETTLED_SECONDS", 0.0)
+    path.write_text("one")
+    first = digest_of_file(path)
+    assert digest_of_file(path) == first and len(read) == 1
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    time.sleep(0.05)
+    path.write_text("two")
+    os.utime(path, ns=times)
+    assert digest_of_file(path) != first and len(read) == 2
+    path.rename(tmp_path / "b")
+    (tmp_path / "a").write_text("one")
+    assert digest_of_file(path) == first
+
+
+def test_a_file_that_was_just_written_is_read_every_time(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    seen = set()
+    for number in range(100):
+        path.write_text(f"{number:03}")
+        seen.add(digest_of_file(path))
+    assert len(seen) == 100

@@ -1,7 +1,9 @@
 """Closed-form gates: statistics, solutions, and the fit that writes them."""
 
 import math
+from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,16 +15,17 @@ from moiety.routers import (
     FitSettings,
     GateStatistics,
     Route,
+    Router,
+    RouterSpec,
     collect,
     find_gates,
     fit,
-    forced,
     initialise,
     merge,
-    one_hot,
     watched,
 )
 from moiety.routers.fit import Method
+from moiety.routers.labelled import hold_back
 
 
 def _statistics(hidden_TD: torch.Tensor, label_T: torch.Tensor, experts: int) -> GateStatistics:
@@ -32,9 +35,11 @@ def _statistics(hidden_TD: torch.Tensor, label_T: torch.Tensor, experts: int) ->
     return GateStatistics(
         name="gate",
         layer=0,
-        gram_DD=(hidden_TD * weight_T[:, None]).T @ hidden_TD,
-        sum_ED=(target_TE * weight_T[:, None]).T @ hidden_TD,
+        gram_WW=(hidden_TD * weight_T[:, None]).T @ hidden_TD,
+        sum_EW=(target_TE * weight_T[:, None]).T @ hidden_TD,
         count_E=count_E,
+        sample_NW=hidden_TD,
+        label_N=label_T,
     )
 
 
@@ -55,7 +60,7 @@ def test_ridge_is_weighted_least_squares(seed: int) -> None:
     hidden_TD, label_T = _planted(seed)
     statistics, penalty = _statistics(hidden_TD, label_T, 3), 0.1
     root_T1 = (1 / label_T.bincount()[label_T]).sqrt()[:, None]
-    ridge = math.sqrt(penalty * float(statistics.gram_DD.diagonal().mean()))
+    ridge = math.sqrt(penalty * float(statistics.gram_WW.diagonal().mean()))
     rows = torch.cat([hidden_TD * root_T1, ridge * torch.eye(7)])
     targets = torch.cat([torch.nn.functional.one_hot(label_T, 3) * root_T1, torch.zeros(7, 3)])
     expected_DE = torch.linalg.lstsq(rows, targets).solution
@@ -92,6 +97,73 @@ def test_centroid_is_the_nearest_mean_by_cosine() -> None:
     assert torch.equal(logits_TE.argmax(-1), cosine_TE.argmax(-1))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_logistic_is_a_minimum_and_beats_ridge(seed: int) -> None:
+    hidden_TD, label_T = _planted(seed)
+    hidden_TD = hidden_TD + torch.randn(
+        hidden_TD.shape, generator=torch.Generator().manual_seed(seed + 50)
+    )
+    hidden_TD[:, 0] *= 5
+    statistics, penalty = _statistics(hidden_TD, label_T, 3), 1e-2
+    weight_EW = initialise.logistic(statistics, penalty).requires_grad_()
+    count_E = label_T.bincount()
+    loss_T = torch.nn.functional.cross_entropy(hidden_TD @ weight_EW.T, label_T, reduction="none")
+    share_T = 1 / (3 * count_E[label_T])
+    square = float((share_T[:, None] * hidden_TD.square()).sum(0).mean())
+    loss = (share_T * loss_T).sum() + penalty / 2 * square * weight_EW.square().sum()
+    loss.backward()
+    assert weight_EW.grad is not None
+    assert float(weight_EW.grad.abs().max()) < 1e-3
+    solved = (weight_EW.detach(), initialise.ridge(statistics, penalty))
+    losses = [
+        initialise.label_loss(logits_TE, label_T, initialise.best_scale(logits_TE, label_T))
+        for logits_TE in (hidden_TD @ one_EW.T for one_EW in solved)
+    ]
+    assert losses[0] < losses[1]
+
+
+def test_logistic_needs_a_sample_of_every_label() -> None:
+    hidden_TD, label_T = _planted(0)
+    statistics = _statistics(hidden_TD, label_T, 3)
+    part = replace(statistics, sample_NW=hidden_TD[label_T != 1], label_N=label_T[label_T != 1])
+    with pytest.raises(InputError, match="none of expert 1"):
+        initialise.logistic(part)
+
+
+def test_prompts_are_means_at_unit_length_and_nothing_else() -> None:
+    hidden_TD, label_T = _planted(2)
+    mean_ED = torch.stack([hidden_TD[label_T == label].mean(0) for label in range(3)])
+    weight_ED = initialise.prompts(_statistics(hidden_TD, label_T, 3))
+    torch.testing.assert_close(weight_ED, mean_ED / mean_ED.norm(dim=-1, keepdim=True))
+
+
+@given(st.integers(0, 30), st.sampled_from([(30, 12), (5, 12), (1, 12), (200, 12)]))
+def test_arrow_is_the_top_right_singular_vector(seed: int, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    deltas = [torch.randn(shape, generator=generator) for _expert in range(2)]
+    deltas[1] += 4 * torch.randn(shape[0], 1, generator=generator)
+    weight_ED = initialise.arrow(deltas)
+    for weight_D, delta_OD in zip(weight_ED, deltas, strict=True):
+        stretch = float((delta_OD @ weight_D).norm())
+        assert stretch == pytest.approx(float(torch.linalg.matrix_norm(delta_OD, 2)), rel=1e-3)
+        assert float(weight_D.norm()) == pytest.approx(1, abs=1e-5)
+        assert float(weight_D[weight_D.abs().argmax()]) > 0
+
+
+def test_arrow_is_the_same_on_every_call_and_leaves_the_random_state_alone() -> None:
+    deltas = [torch.randn(40, 20).bfloat16(), torch.zeros(3, 20)]
+    state = torch.get_rng_state()
+    first = initialise.arrow(deltas)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.rand(7)
+    assert torch.equal(first, initialise.arrow(deltas))
+    assert torch.equal(first[1], torch.zeros(20))
+    with pytest.raises(InputError, match="gate's width"):
+        initialise.arrow([torch.ones(3, 20), torch.ones(3, 21)])
+    with pytest.raises(InputError, match="delta of expert 1"):
+        initialise.arrow([torch.ones(3, 4), torch.full((3, 4), math.nan)])
+
+
 def test_random_is_seeded_and_of_the_stock_size() -> None:
     weight_ED = initialise.random(8, 500, seed=1)
     assert torch.equal(weight_ED, initialise.random(8, 500, seed=1))
@@ -111,53 +183,7 @@ def test_best_scale_is_a_minimum_and_is_bounded() -> None:
     assert initialise.best_scale(torch.ones(300, 3), label_T) == 1.0
 
 
-def test_statistics_are_those_of_the_unpadded_gate_inputs(toys: ModuleType) -> None:
-    model, data = toys.mixtral(), toys.domains(5)
-    gates = find_gates(model)
-    hidden: list[list[torch.Tensor]] = [[], []]
-    labels = []
-    for name, windows in data.items():
-        mask_T = windows.mask_WC.flatten().bool()
-
-        def listen(route: Route, kept_T: torch.Tensor = mask_T) -> None:
-            hidden[route.layer].append(route.hidden_TD[kept_T])
-
-        labels += [toys.OWN[name]] * int(windows.mask_WC.sum())
-        with torch.no_grad(), forced(gates, one_hot(toys.OWN[name])), watched(gates, listen):
-            model(input_ids=windows.ids_WC, attention_mask=windows.mask_WC)
-    for got, pieces in zip(
-        collect(model, gates, data, toys.OWN, batch_size=2), hidden, strict=True
-    ):
-        expected = _statistics(torch.cat(pieces), torch.tensor(labels), 4)
-        torch.testing.assert_close(got.gram_DD, expected.gram_DD, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(got.sum_ED, expected.sum_ED, atol=1e-4, rtol=1e-4)
-        assert torch.equal(got.count_E, expected.count_E)
-
-
-def test_adding_a_domain_is_a_merge(toys: ModuleType) -> None:
-    model, data = toys.mixtral(), toys.domains(5)
-    gates = find_gates(model)
-    whole = collect(model, gates, data, toys.OWN)
-    poems = {"poems": data.pop("poems")}
-    parts = merge(collect(model, gates, data, toys.OWN), collect(model, gates, poems, toys.OWN))
-    for one, other in zip(whole, parts, strict=True):
-        torch.testing.assert_close(one.gram_DD, other.gram_DD)
-        torch.testing.assert_close(one.sum_ED, other.sum_ED)
-        assert torch.equal(one.count_E, other.count_E)
-    with pytest.raises(InputError, match="both hold text of expert 3"):
-        merge(whole, collect(model, gates, poems, toys.OWN))
-    with pytest.raises(InputError, match="same gates"):
-        merge(whole, whole[:1])
-
-
-def test_nan_activations_name_the_gate_and_the_domain(toys: ModuleType) -> None:
-    model = toys.mixtral()
-    model.model.layers[1].self_attn.o_proj.weight.data[0, 0] = math.nan
-    with pytest.raises(InputError, match=r"layers\.1\.mlp\.gate, but text of 'law'"):
-        collect(model, find_gates(model), toys.domains(2), toys.OWN)
-
-
-@pytest.mark.parametrize("method", ["ridge", "centroid"])
+@pytest.mark.parametrize("method", ["ridge", "logistic", "centroid"])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen", "olmoe"])
 def test_planted_domains_are_told_apart(toys: ModuleType, kind: str, method: Method) -> None:
     model = toys.plant(getattr(toys, kind)())
@@ -165,6 +191,7 @@ def test_planted_domains_are_told_apart(toys: ModuleType, kind: str, method: Met
     report = fit(model, toys.domains(), toys.OWN, FitSettings(method=method))
     assert all(gate.mean_accuracy > 0.99 for gate in report.gates)
     assert report.parameters == 2 * toys.EXPERTS * toys.WIDTH
+    assert (report.method, report.windows, report.stitched) == (method, 72, 27)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) != name.endswith("mlp.gate.weight")
     _assert_own_expert_first(toys, model)
@@ -185,8 +212,165 @@ def test_random_is_a_control_and_keeps_its_scale(toys: ModuleType) -> None:
     model = toys.mixtral()
     report = fit(model, toys.domains(), toys.OWN, FitSettings(method="random", seed=3))
     assert [gate.scale for gate in report.gates] == [1.0, 1.0]
+    assert report.stitched == 0
     expected_ED = initialise.random(toys.EXPERTS, toys.WIDTH, seed=4)
     assert torch.equal(find_gates(model)[1].module.get_parameter("weight"), expected_ED)
+
+
+def test_prompts_are_a_control_on_the_models_own_routes(toys: ModuleType) -> None:
+    model, data = toys.mixtral(active=1), toys.domains(4)
+    gates, kept = find_gates(model), hold_back(data)[0]
+    means = collect(model, gates, kept, toys.OWN, stitch=0, own_routes=False)
+    report = fit(model, data, toys.OWN, FitSettings(method="prompts", minimum_tokens=1))
+    assert [gate.scale for gate in report.gates] == [1.0, 1.0]
+    assert report.stitched == 0
+    for gate, statistics in zip(gates, means, strict=True):
+        weight_EW = gate.module.get_parameter("weight")
+        torch.testing.assert_close(weight_EW.detach(), initialise.prompts(statistics))
+
+
+def test_given_weights_are_scaled_and_nothing_more(toys: ModuleType) -> None:
+    model, data = toys.mixtral(), toys.domains()
+    solved = toys.mixtral()
+    fit(solved, data, toys.OWN)
+    weights = {
+        gate.name: 0.01 * gate.module.get_parameter("weight").detach()
+        for gate in find_gates(solved)
+    }
+    report = fit(model, data, toys.OWN, weights=weights)
+    assert (report.method, report.stitched) == ("given", 0)
+    assert all(gate.mean_accuracy > 0.99 for gate in report.gates)
+    for gate, one in zip(find_gates(model), report.gates, strict=True):
+        assert one.scale > 50
+        weight_EW = gate.module.get_parameter("weight").detach()
+        torch.testing.assert_close(weight_EW, weights[gate.name] * one.scale)
+    name = next(iter(weights))
+    for wrong, message in (
+        ({name: weights[name]}, "weights for the gates"),
+        (weights | {name: weights[name][:, :-1]}, r"of shape \(4, 32\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fit(model, data, toys.OWN, weights=wrong)
+
+
+def test_kept_statistics_give_the_gates_that_a_pass_gives(toys: ModuleType) -> None:
+    models, data = [toys.mixtral(), toys.mixtral()], toys.domains(8)
+    settings = FitSettings(method="logistic", logistic_tokens=64, minimum_tokens=32)
+    gates, kept = find_gates(models[0]), hold_back(data)[0]
+    parts = [collect(models[0], gates, kept, toys.OWN, only=[name], sample=64) for name in kept]
+    merged = merge(merge(parts[0], parts[1]), parts[2])
+    report = fit(models[0], data, toys.OWN, settings, statistics=merged)
+    again = fit(models[1], data, toys.OWN, settings)
+    assert (report.stitched, again.stitched) == (0, 9)
+    for gate, other in zip(gates, find_gates(models[1]), strict=True):
+        one_EW, other_EW = (each.module.get_parameter("weight") for each in (gate, other))
+        torch.testing.assert_close(one_EW, other_EW, atol=1e-2, rtol=1e-2)
+    with pytest.raises(InputError, match="collect them again"):
+        fit(models[0], data, toys.OWN, settings, statistics=merged[:1])
+
+
+def _ours(toys: ModuleType, **changes: Any) -> Any:
+    """A toy mixture with routers of ours, which see one row of tokens at a time."""
+    model = toys.mixtral()
+    for layer in model.model.layers:
+        layer.mlp.gate = Router(toys.WIDTH, toys.EXPERTS, RouterSpec(top_k=2, **changes))
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes", [{"context": (4, "mean")}, {"kind": "sigmoid"}, {"kind": "sequence"}]
+)
+def test_routers_of_ours_are_fitted_on_their_features(
+    toys: ModuleType, changes: dict[str, Any]
+) -> None:
+    model = _ours(toys, **changes)
+    biases = (
+        [gate.module.get_buffer("selection_bias") for gate in find_gates(model)]
+        if (changes.get("kind") == "sigmoid")
+        else []
+    )
+    for bias_E in biases:
+        bias_E.fill_(3.0)
+    report = fit(model, toys.domains(), toys.OWN, FitSettings(batch_size=1))
+    assert all(gate.mean_accuracy > 0.95 for gate in report.gates)
+    assert all(not bool(bias_E.any()) for bias_E in biases)
+    text = toys.windows(1, 1, seed=9).ids_WC[:1]
+    routes: list[Route] = []
+    with torch.no_grad(), watched(find_gates(model), routes.append):
+        model(input_ids=text)
+    for route in routes:
+        assert float((route.logits_TE.argmax(-1) == toys.OWN["law"]).float().mean()) > 0.9
+
+
+def test_a_sequence_router_is_calibrated_token_by_token(toys: ModuleType) -> None:
+    sequence, plain = _ours(toys, kind="sequence"), _ours(toys)
+    settings = FitSettings(batch_size=1)
+    reports = [fit(model, toys.domains(), toys.OWN, settings) for model in (sequence, plain)]
+    for one, other in zip(reports[0].gates, reports[1].gates, strict=True):
+        assert one.scale == pytest.approx(other.scale, rel=1e-3)
+        assert one.cross_entropy == pytest.approx(other.cross_entropy, rel=1e-3)
+
+
+def test_gates_that_learn_nothing_or_mind_no_sign_are_refused(toys: ModuleType) -> None:
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.gate has none.*nothing to fit"):
+        fit(_ours(toys, kind="uniform"), toys.domains(), toys.OWN)
+    model = _ours(toys, score="absolute")
+    with pytest.raises(InputError, match="arrow"):
+        fit(model, toys.domains(), toys.OWN)
+    row_EW = torch.zeros(toys.EXPERTS, toys.WIDTH)
+    for quarter, name in enumerate(toys.OWN, start=1):
+        row_EW[toys.OWN[name], quarter] = -1.0
+    weights = {gate.name: row_EW for gate in find_gates(model)}
+    report = fit(model, toys.domains(), toys.OWN, weights=weights)
+    assert report.gates[0].mean_accuracy > 0.95
+
+
+def test_the_model_is_as_it_came_after_any_error(toys: ModuleType) -> None:
+    model, data = _ours(toys, kind="sigmoid"), toys.domains()
+    gates = find_gates(model)
+    for gate in gates:
+        gate.module.get_buffer("selection_bias").fill_(1.0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = {gate.name: torch.randn(toys.EXPERTS, toys.WIDTH) for gate in gates}
+    weights[gates[1].name][0, 0] = math.nan
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.gate, but held-back text of 'law'"):
+        fit(model, data, toys.OWN, weights=weights)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    class Stop(Exception):
+        pass
+
+    class Progress:
+        def track(self, items: Any, description: str, total: int | None = None) -> Any:
+            for number, item in enumerate(items):
+                if description == "held-back text" and number == 1:
+                    raise Stop
+                yield item
+
+        def note(self, message: str) -> None:
+            raise AssertionError(message)
+
+    with pytest.raises(Stop):
+        fit(model, data, toys.OWN, progress=Progress())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(not gate.module._forward_hooks for gate in gates)
+
+
+def test_stitched_text_lets_a_context_gate_go_after_a_switch(toys: ModuleType) -> None:
+    data, shares = toys.domains(40, length=32), {}
+    ids_C = torch.cat(
+        [toys.windows(1, 1, 16, seed=5).ids_WC, toys.windows(2, 1, 16, seed=5).ids_WC], 1
+    )
+    for stitch in (0.0, 1.0):
+        model = _ours(toys, context=("mean",))
+        settings = FitSettings(stitch=stitch, shortest=4, batch_size=1)
+        fit(model, data, toys.OWN, settings)
+        routes: list[Route] = []
+        with torch.no_grad(), watched(find_gates(model), routes.append):
+            model(input_ids=ids_C)
+        logits_TE = torch.stack([route.logits_TE[20:] for route in routes])
+        shares[stitch] = float(logits_TE.softmax(-1)[..., toys.OWN["code"]].mean())
+    assert shares[1.0] > shares[0.0] + 0.2
 
 
 def test_fit_keeps_dtype_modes_and_bits(toys: ModuleType) -> None:
@@ -217,7 +401,18 @@ def test_fit_refuses_what_cannot_be_fitted_and_changes_nothing(toys: ModuleType)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"method": "hidden"}, {"penalty": 0.0}, {"batch_size": 0}, {"minimum_tokens": 0}]
+    "wrong",
+    [
+        {"method": "hidden"},
+        {"penalty": 0.0},
+        {"stitch": -0.5},
+        {"stitch": math.inf},
+        {"shortest": 0},
+        {"logistic_tokens": 0},
+        {"batch_size": 0},
+        {"minimum_tokens": 0},
+        {"seed": -1},
+    ],
 )
 def test_settings_name_the_wrong_field(wrong: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):

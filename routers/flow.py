@@ -1,0 +1,147 @@
+"""What routers have to know of the forward pass they run in: padding, documents, earlier tokens.
+
+B batch, S sequence, D width, H horizons, E experts, C channels of all routers' states.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moiety.routers.context import (
+    Mixing,
+    decays,
+    document_starts,
+    last_positions,
+    mixings,
+    rates,
+    running_sums,
+    wide_sums,
+)
+from moiety.routers.spec import Horizon
+from moiety.routers.states import States, remember, states_of
+
+
+class Flow:
+    """One model's running forward pass, shared by its routers.
+
+    The model calls `begin`, then `enter` before its first block and `end` when it is through.
+    Routers ask for `sums`. Without any of these calls, the input is one sequence without history.
+    """
+
+    def __init__(self, horizons: tuple[Horizon, ...] = (), layers: int = 0) -> None:
+        self.horizons = horizons
+        self.layers = layers
+        self.channels = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.ids_BS: Tensor | None = None
+        self.position_BS: Tensor | None = None
+        self.decay_BSH: Tensor | None = None
+        self.count_BSH: Tensor | None = None
+        self._mask_BS: Tensor | None = None
+        self._kept_BS: Tensor | None = None
+        self._mixed: list[Mixing] | None = None
+        self._states: States | None = None
+        self._past_BC: Tensor | None = None
+        self._last_BS: Tensor | None = None
+        self._found: dict[int, Tensor] = {}
+
+    def reserve(self, channels: int) -> int:
+        """Room for one router's states; gives the number of its first channel."""
+        start = self.channels
+        self.channels += channels
+        return start
+
+    def begin(self, ids_BS: Tensor | None, mask: Any) -> None:
+        """A forward pass starts, of these token ids and with this attention mask."""
+        self._forget()
+        self.ids_BS = ids_BS
+        self._mask_BS = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def enter(self, hidden_BSD: Tensor, cache: Any, position: Tensor | None) -> None:
+        """The first block is reached, with this cache and these positions (B or 1, S)."""
+        batch, length = hidden_BSD.shape[:2]
+        if position is not None and position.ndim == 2:
+            self.position_BS = position.expand(batch, length)
+        if not self.horizons:
+            return
+        if cache is not None:
+            self._states = states_of(cache, self.layers)
+            self._past_BC = self._states.last()
+        self._measure(batch, length, hidden_BSD.device)
+
+    def _measure(self, batch: int, length: int, device: torch.device) -> None:
+        """Decays and counts of this pass's tokens."""
+        kept_BS = torch.ones((batch, length), dtype=torch.bool, device=device)
+        if self._mask_BS is not None:
+            kept_BS = self._mask_BS[:, -length:].to(device).bool()
+        past_BC, starts_BS = self._past_BC, None
+        if self.position_BS is not None:
+            position_BS = self.position_BS.to(device).float()
+            before_B = position_BS.new_full((batch,), -1.0)
+            if past_BC is not None:
+                before_B = past_BC[:, -1] - 1
+            starts_BS = document_starts(position_BS, kept_BS, before_B)
+            self._last_BS = last_positions(position_BS, kept_BS, before_B) + 1
+        self._kept_BS = kept_BS
+        self._mixed = None
+        self.decay_BSH = decays(rates(self.horizons, device), kept_BS, starts_BS)
+        ones_BSH = kept_BS[..., None].float().expand_as(self.decay_BSH)
+        width = len(self.horizons)
+        past_BH = None if past_BC is None else past_BC[:, -1 - width : -1]
+        self.count_BSH = running_sums(self.decay_BSH, ones_BSH, past_BH)
+
+    def sums(self, value_BSEH: Tensor, start: int | None) -> Tensor:
+        """Running sums of what a router saw, padding left out; kept if it has room from `start`."""
+        batch, length, experts, width = value_BSEH.shape
+        self._check(value_BSEH)
+        assert self.decay_BSH is not None and self._kept_BS is not None
+        past_BEH = None
+        if self._past_BC is not None and start is not None:
+            past_BC = self._past_BC[:, start : start + experts * width]
+            past_BEH = past_BC.view(batch, experts, width).to(value_BSEH.device)
+        device = value_BSEH.device
+        kept_BS = self._kept_BS.to(device)
+        value_BSEH = torch.where(kept_BS[..., None, None], value_BSEH, 0.0)
+        sums_BSEH = running_sums(self.decay_BSH.to(device)[:, :, None], value_BSEH, past_BEH)
+        if start is not None and self._states is not None:
+            self._found[start] = sums_BSEH.reshape(batch, length, experts * width)
+        return sums_BSEH
+
+    def means(self, value_BSEH: Tensor, start: int | None) -> Tensor:
+        """Causal means of what a router saw: `sums` over how much they hold."""
+        sums_BSEH = self.sums(value_BSEH, start)
+        assert self.count_BSH is not None
+        count_BS1H = self.count_BSH.to(sums_BSEH.device).clamp(min=1e-6)[:, :, None]
+        return sums_BSEH / count_BS1H
+
+    def wide_means(self, value_BSD: Tensor) -> Tensor:
+        """Causal means of the whole input at every horizon (B, S, H, D), without history."""
+        self._check(value_BSD)
+        assert self.decay_BSH is not None and self._kept_BS is not None
+        assert self.count_BSH is not None
+        device = value_BSD.device
+        value_BSD = torch.where(self._kept_BS.to(device)[..., None], value_BSD, 0.0)
+        if self._mixed is None:
+            self._mixed = mixings(self.decay_BSH.to(device))
+        mixed = [(one.to(device), other.to(device)) for one, other in self._mixed]
+        sums_BSHD = wide_sums(mixed, value_BSD)
+        return sums_BSHD / self.count_BSH.to(device).clamp(min=1e-6)[..., None]
+
+    def _check(self, value: Tensor) -> None:
+        """Outside of a model's forward pass, or with other rows, nothing is known of the rows."""
+        if self.decay_BSH is None or self.decay_BSH.shape[:2] != value.shape[:2]:
+            self._measure(value.shape[0], value.shape[1], value.device)
+
+    def end(self) -> None:
+        """The forward pass is through: what routers remember goes into the cache."""
+        if self._states is not None and self.count_BSH is not None:
+            device, (batch, length, _) = self.count_BSH.device, self.count_BSH.shape
+            last_BS = self._last_BS
+            if last_BS is None:
+                last_BS = self.count_BSH.new_zeros(batch, length)
+            found = [self._found[start].to(device) for start in sorted(self._found)]
+            remember(self._states, torch.cat([*found, self.count_BSH, last_BS[..., None]], -1))
+        self._forget()
