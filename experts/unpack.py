@@ -15,6 +15,9 @@ from moiety.experts.kernels import reference
 from moiety.experts.pattern import Pattern
 from moiety.experts.quantizer import PackedConfig
 
+OWN_TYPES = "moiety_"
+"""What the model types of composites in our own classes start with."""
+
 
 class DenseView(Mapping[str, Tensor]):
     """The dense tensors of a checkpoint folder by their stock names, each made when asked for.
@@ -34,6 +37,12 @@ class DenseView(Mapping[str, Tensor]):
         self._names = dict.fromkeys(name for name in raw if name not in hidden)
 
     def _find_packed(self, packed: PackedConfig) -> None:
+        if str(self.raw.config.model_type).startswith(OWN_TYPES):
+            raise InputError(
+                f"expected a model with a stock layout, but {self.raw.folder} is of kind "
+                f"{self.raw.config.model_type}; take the experts it was made of (build.json names "
+                "them), or one of it with `moiety export --expert`"
+            )
         architecture = Architecture(self.raw.config)
         for module in packed.modules:
             for name, shape in architecture.matrices(module).items():

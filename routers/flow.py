@@ -20,6 +20,7 @@ from moiety.routers.context import (
 )
 from moiety.routers.spec import Horizon
 from moiety.routers.states import States, remember, states_of
+from moiety.routers.step import Step
 
 
 class Flow:
@@ -33,6 +34,7 @@ class Flow:
         self.horizons = horizons
         self.layers = layers
         self.channels = 0
+        self._rate_H: Tensor | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -43,6 +45,7 @@ class Flow:
         self._mask_BS: Tensor | None = None
         self._kept_BS: Tensor | None = None
         self._mixed: list[Mixing] | None = None
+        self._step: Step | None = None
         self._states: States | None = None
         self._past_BC: Tensor | None = None
         self._last_BS: Tensor | None = None
@@ -70,7 +73,12 @@ class Flow:
         if cache is not None:
             self._states = states_of(cache, self.layers)
             self._past_BC = self._states.last()
-        self._measure(batch, length, hidden_BSD.device)
+        if length == 1 and self._past_BC is not None:
+            mask_B1 = None if self._mask_BS is None else self._mask_BS[:, -1:]
+            rate_H = self._rates(self._past_BC.device)
+            self._step = Step(self._past_BC, self.channels, rate_H, self.position_BS, mask_B1)
+        else:
+            self._measure(batch, length, hidden_BSD.device)
 
     def _measure(self, batch: int, length: int, device: torch.device) -> None:
         """Decays and counts of this pass's tokens."""
@@ -87,15 +95,32 @@ class Flow:
             self._last_BS = last_positions(position_BS, kept_BS, before_B) + 1
         self._kept_BS = kept_BS
         self._mixed = None
-        self.decay_BSH = decays(rates(self.horizons, device), kept_BS, starts_BS)
+        self.decay_BSH = decays(self._rates(device), kept_BS, starts_BS)
         ones_BSH = kept_BS[..., None].float().expand_as(self.decay_BSH)
         width = len(self.horizons)
         past_BH = None if past_BC is None else past_BC[:, -1 - width : -1]
         self.count_BSH = running_sums(self.decay_BSH, ones_BSH, past_BH)
 
+    def _rates(self, device: torch.device) -> Tensor:
+        if self._rate_H is None or self._rate_H.device != device:
+            self._rate_H = rates(self.horizons, device)
+        return self._rate_H
+
+    def logits(self, each_BSEF: Tensor, start: int | None) -> Tensor:
+        """A gate's logits (B, S, E) from its weights times the token, one column a feature part.
+
+        Column 0 stands for the token itself, the others for its causal means, which are taken
+        here: of E numbers instead of D, since a gate is linear.
+        """
+        if self._step is not None and start is not None:
+            return self._step.logits(each_BSEF[:, 0], start)
+        return each_BSEF[..., 0] + self.means(each_BSEF[..., 1:], start).sum(-1)
+
     def sums(self, value_BSEH: Tensor, start: int | None) -> Tensor:
         """Running sums of what a router saw, padding left out; kept if it has room from `start`."""
         batch, length, experts, width = value_BSEH.shape
+        if self._step is not None and start is not None:
+            return self._step.sums(value_BSEH[:, 0, :, 0], start)[:, None, :, None]
         self._check(value_BSEH)
         assert self.decay_BSH is not None and self._kept_BS is not None
         past_BEH = None
@@ -137,11 +162,17 @@ class Flow:
 
     def end(self) -> None:
         """The forward pass is through: what routers remember goes into the cache."""
-        if self._states is not None and self.count_BSH is not None:
-            device, (batch, length, _) = self.count_BSH.device, self.count_BSH.shape
-            last_BS = self._last_BS
-            if last_BS is None:
-                last_BS = self.count_BSH.new_zeros(batch, length)
-            found = [self._found[start].to(device) for start in sorted(self._found)]
-            remember(self._states, torch.cat([*found, self.count_BSH, last_BS[..., None]], -1))
+        if self._states is not None:
+            state_BSC = self._state() if self._step is None else self._step.state()
+            remember(self._states, state_BSC)
         self._forget()
+
+    def _state(self) -> Tensor:
+        """All routers' states after each token, the counts and the positions."""
+        assert self.count_BSH is not None
+        device, (batch, length, _) = self.count_BSH.device, self.count_BSH.shape
+        last_BS = self._last_BS
+        if last_BS is None:
+            last_BS = self.count_BSH.new_zeros(batch, length)
+        found = [self._found[start].to(device) for start in sorted(self._found)]
+        return torch.cat([*found, self.count_BSH, last_BS[..., None]], -1)

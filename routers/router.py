@@ -70,8 +70,7 @@ class Router(nn.Module):
         each_BSN = linear(hidden_BSD, rows_ND).float()
         if self.spec.context:
             each_BSEF = each_BSN.view(*each_BSN.shape[:2], self.experts, -1)
-            means_BSEH = self._flow.means(each_BSEF[..., 1:], self._start)
-            logits_BSE = each_BSEF[..., 0] + means_BSEH.sum(-1)
+            logits_BSE = self._flow.logits(each_BSEF, self._start)
         else:
             logits_BSE = each_BSN
         if self.spec.score == "absolute":
@@ -87,6 +86,8 @@ class Router(nn.Module):
         if self.spec.mass is not None:
             before_TA = weights_TA.cumsum(-1) - weights_TA
             weights_TA = torch.where(before_TA < self.spec.mass, weights_TA, 0.0)
+        if self.top_k == 1:
+            return torch.ones_like(weights_TA), experts_TA
         return weights_TA / weights_TA.sum(-1, keepdim=True), experts_TA
 
     def _by_sigmoid(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,8 +50,8 @@ def states_of(cache: Any, layers: int) -> States:
             f"expected one of transformers' caches, but {type(cache).__name__} has no layers for "
             "what routers remember; use a DynamicCache or a StaticCache"
         )
-    for layer in kept:
-        if isinstance(layer, DynamicStates | StaticStates):
+    for layer in reversed(kept):
+        if isinstance(layer, (DynamicStates, StaticStates)):
             return layer
     seen = cache.get_seq_length()
     if isinstance(seen, int) and seen > 0:

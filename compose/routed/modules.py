@@ -8,9 +8,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, rms_norm
 
 from moiety.experts import kernels
 from moiety.experts.modules import PackedModule
@@ -185,8 +184,7 @@ def _routes(module: nn.Module) -> Routes:
 
 def normalised(hidden: Tensor, epsilon: float) -> Tensor:
     """Hidden states (..., D) over their root mean square, in fp32."""
-    mean = hidden.float().pow(2).mean(-1, keepdim=True)
-    return hidden.float() * torch.rsqrt(mean + epsilon)
+    return rms_norm(hidden.float(), hidden.shape[-1:], eps=epsilon)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

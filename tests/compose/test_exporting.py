@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from moiety.compose import Recipe, build
 from moiety.compose.exporting import export_expert
 from moiety.errors import InputError, OutputError
+from moiety.experts.unpack import dense_view
 from moiety.files import read_json
 from moiety.routers import find_gates, forced, one_hot
 
@@ -90,6 +91,8 @@ def test_what_cannot_be_exported_is_named(built: Path, world: Any, tmp_path: Pat
         export_expert(built, "law", tmp_path / "law")
     with pytest.raises(InputError, match="expected a routed model"):
         export_expert(world.base, "letters", tmp_path / "base")
+    with pytest.raises(InputError, match="of kind moiety_routed"):
+        dense_view(built)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("1")
     with pytest.raises(OutputError, match="absent or empty"):

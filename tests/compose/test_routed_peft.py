@@ -22,8 +22,13 @@ ATTENTION = ["q_proj", "v_proj"]
 def built(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """FFNs are routed, attention is one for all."""
     folder = tmp_path_factory.mktemp("routed")
+    return made(world, folder)
+
+
+def made(world: Any, folder: Path, **compose: Any) -> Path:
+    """A routed composite of FFNs, pruned the quick way."""
     changes = {
-        "compose": {"kind": "routed", "shared": "base"},
+        "compose": {"kind": "routed", "shared": "base", **compose},
         "prune": {"method": "magnitude", "refit_steps": 0, "sites": "ffn"},
         "route": {"train_steps": 0},
     }
@@ -108,9 +113,11 @@ def test_a_device_map_changes_nothing(built: Path, device_map: Any) -> None:
     assert written.shape[0] == 2 and written.shape[1] <= 24
 
 
-def test_blocks_on_disk_change_nothing(built: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("norms", ["shared", "routed"])
+def test_blocks_on_disk_change_nothing(world: Any, tmp_path: Path, norms: str) -> None:
+    built = made(world, tmp_path, norms=norms)
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     places |= {"model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
-    model = opened(built, device_map=places, offload_folder=tmp_path)
+    model = opened(built, device_map=places, offload_folder=tmp_path / "disk")
     assert model.model.layers[1].mlp.up_proj.weight.is_meta
     torch.testing.assert_close(logits(model), logits(opened(built)))

@@ -105,7 +105,10 @@ def test_an_error_is_one_paragraph_and_names_the_thing(world: Any, tmp_path: Pat
         (["trace", "MODEL", "--data", "letters=no.txt", "--out", "t"], "no.txt, but there is none"),
         (["trace", "nowhere/at/all", "--data", "a=TEXT", "--out", "t"], "expected a model folder"),
         (["eval", "MODEL", "--data", "poetry=TEXT"], "domains named like the experts"),
-        (["route", "MODEL", "--data", "letters=TEXT", "--init", "magic"], "--init: input should be"),
+        (
+            ["route", "MODEL", "--data", "letters=TEXT", "--init", "magic"],
+            "--init: input should be",
+        ),
         (["report", "nowhere"], "nowhere"),
         (["prune", "BASE", "--out", "p", "--data", "TEXT", "--pattern", "4:2"], "fewer than all"),
         (["prune", "BASE", "--out", "p"], "data"),
