@@ -180,9 +180,18 @@ def _section(name: str, part: type[Part]) -> Iterator[str]:
     paragraph = re.sub(r"\s+", " ", (part.__doc__ or "").strip())
     yield from textwrap.wrap(paragraph, WIDTH, initial_indent="# ", subsequent_indent="# ")
     yield f"{name}:"
+    yield from _fields(part, "  ")
+
+
+def _fields(part: type[Part], indent: str) -> Iterator[str]:
     kind_first = sorted(part.model_fields.items(), key=lambda item: item[0] != "kind")
-    for field_name, field in kind_first:
-        yield _line(field_name, field.get_default(call_default_factory=True), field, "  ")
+    for name, field in kind_first:
+        value = field.get_default(call_default_factory=True)
+        if isinstance(value, Part):
+            yield f"{indent}{name}:"
+            yield from _fields(type(value), f"{indent}  ")
+        else:
+            yield _line(name, value, field, indent)
 
 
 def _line(name: str, value: Any, field: FieldInfo, indent: str) -> str:
