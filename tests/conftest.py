@@ -1,5 +1,7 @@
 """A tiny world for end-to-end tests: one base, finetunes of it, their text, a recipe."""
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,14 @@ def train_briefly(model: LlamaForCausalLM, ids: torch.Tensor, steps: int) -> Non
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
     model.requires_grad_(True)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """Forget what a test compiled: eight models of one process are all that torch.compile keeps."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @pytest.fixture(scope="session")
