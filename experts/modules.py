@@ -2,7 +2,8 @@
 
 Parameter names follow transformers: the kept values take the dense parameter's own name, the
 mask is `<name>_mask` and the scales of integer values `<name>_scale`, so its checkpoint
-conversions and sharding plans find them all. On the CPU, tiles take their place once loaded.
+conversions and sharding plans find them all. Once loaded, the kernels' own layout takes their place:
+tiles on the CPU, planes on a GPU.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from moiety.experts.pattern import Pattern
 
 TILED_PATTERN = Pattern(2, 4)
 ENDS = ("", "_mask", "_scale")
+# The tensors of the kernels' own layout, in the order of the fields of `kernels.Weights`.
+OWN_ENDS = ("_tiles", "_codes", "_codes_scale")
 
 
 class PackedModule(nn.Module):
@@ -80,23 +83,23 @@ class PackedModule(nn.Module):
     def packed_bytes(self) -> int:
         """Resident bytes of all packed matrices."""
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        own = {*self.packed_names, *(f"{name}_tiles" for name in self.widths)}
+        own = {*self.packed_names, *(f"{name}{end}" for name in self.widths for end in OWN_ENDS)}
         return sum(tensor.nbytes for name, tensor in tensors.items() if name in own)
 
     def weights(self, name: str) -> kernels.Weights:
         """The matrices called `name` as the sparse ops take them."""
         if name in self._tiled:
-            rows, width, kind = self._tiled[name]
-            tiles = self.get_buffer(f"{name}_tiles")
-            return kernels.Weights(tiles, None, None, None, rows, width, kind)
+            tiles, codes, scale = (self._buffers.get(f"{name}{end}") for end in OWN_ENDS)
+            assert tiles is not None
+            return kernels.Weights(tiles, codes, scale, None, *self._tiled[name])
         values, mask, scale = self.packed(name)
         weights = kernels.packed(values, mask, self.widths[name], scale)
         return weights._replace(starts=self._buffers.get(f"{name}_starts"))
 
     def prepare(self) -> None:
-        """Make ready for the compiled kernels, if they will work on these matrices.
+        """Make ready for the kernels of this device, if they will work on these matrices.
 
-        2:4 matrices become tiles; for flat values it is noted where each row begins.
+        2:4 matrices get the kernels' own layout; for flat values it is noted where each row begins.
         """
         if self.pattern == TILED_PATTERN:
             self._tile()
@@ -107,11 +110,10 @@ class PackedModule(nn.Module):
                     self.register_buffer(f"{name}_starts", starts, persistent=False)
 
     def _tile(self) -> None:
-        """Bring 2:4 matrices on the CPU into the compiled kernels' own layout.
+        """Bring 2:4 matrices into the kernels' own layout.
 
-        The tiles take the stored tensors' place; `state_dict` and `packed` still give those, and
-        any move to another device or dtype goes through them. Nothing happens on other devices or
-        without the compiled kernels.
+        It takes the stored tensors' place; `state_dict` and `packed` still give those, and any move
+        to another device or dtype goes through them. Nothing happens where there are no kernels.
         """
         tiles = {name: self._tiles_of(name) for name in self.widths if name not in self._tiled}
         if None in tiles.values():
@@ -121,13 +123,18 @@ class PackedModule(nn.Module):
             self._tiled[name] = (tiled.rows, tiled.columns, tiled.kind)
             for end in ENDS:
                 self._parameters.pop(f"{name}{end}", None)
-            self.register_buffer(f"{name}_tiles", tiled.values, persistent=False)
+            own = (tiled.values, tiled.mask, tiled.scale)
+            for end, tensor in zip(OWN_ENDS, own, strict=True):
+                if tensor is not None:
+                    self.register_buffer(f"{name}{end}", tensor, persistent=False)
 
     def untile(self) -> None:
         """Back to the stored tensors, bit for bit."""
         for name in list(self._tiled):
             tensors = self._from_tiles(name)
-            del self._buffers[f"{name}_tiles"], self._tiled[name]
+            del self._tiled[name]
+            for end in OWN_ENDS:
+                self._buffers.pop(f"{name}{end}", None)
             for end, tensor in zip(ENDS, tensors, strict=True):
                 if tensor is None:
                     self.register_parameter(f"{name}{end}", None)
@@ -135,19 +142,21 @@ class PackedModule(nn.Module):
                     self._hold(f"{name}{end}", tensor)
 
     def _parts(self, name: str) -> int:
-        """Matrices that tiles hold for each stored one."""
+        """Matrices that the CPU's tiles hold for each stored one."""
         return 1
 
     def _tiles_of(self, name: str) -> kernels.Weights | None:
-        tensors = [tensor for tensor in self.packed(name) if tensor is not None]
-        if any(tensor.device.type != "cpu" for tensor in tensors):
-            return None
         stored = self.weights(name)
-        return kernels.tiled(stored.regrouped(stored.stack * self._parts(name)))
+        if len({tensor.device for tensor in self.packed(name) if tensor is not None}) > 1:
+            return None
+        parts = self._parts(name) if stored.values.device.type == "cpu" else 1
+        return kernels.tiled(stored.regrouped(stored.stack * parts) if parts > 1 else stored)
 
     def _from_tiles(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        stored = kernels.untiled(self.weights(name))
-        values, mask, scale, *_ = stored.regrouped(stored.stack // self._parts(name))
+        tiled = self.weights(name)
+        stored = kernels.untiled(tiled)
+        parts = self._parts(name) if tiled.is_tiled else 1
+        values, mask, scale, *_ = stored.regrouped(stored.stack // parts) if parts > 1 else stored
         assert mask is not None
         if not self._is_single():
             return values, mask, scale
@@ -160,7 +169,9 @@ class PackedModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":
         tiled = bool(self._tiled)
         if tiled:
-            probe = torch.empty(0, dtype=packing.DTYPES[self._tiled[next(iter(self._tiled))][2]])
+            name, (*_, kind) = next(iter(self._tiled.items()))
+            device = self.get_buffer(f"{name}_tiles").device
+            probe = torch.empty(0, dtype=packing.DTYPES[kind], device=device)
             moved = fn(probe)
             if moved.device != probe.device or moved.dtype != probe.dtype:
                 self.untile()

@@ -1,7 +1,7 @@
 """The public sparse ops: differentiable in activations and routing weights, never in the matrices.
 
 `reference.py` specifies what each op computes and how a packed matrix is laid out; compiled
-kernels take over where they are built (`library.py`) and the tensors are on the CPU.
+kernels take over on the CPU where they are built (`library.py`), Triton's on a GPU (`cuda/`).
 
 T tokens, D model width, F expert width, A active experts, O/I out/in features.
 """
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moiety.experts.kernels import ops as _ops
+from moiety.experts.kernels.gpu import gpu_kernels
 from moiety.experts.kernels.layouts import dense, tiled, untiled, with_starts
 from moiety.experts.kernels.library import description
 from moiety.experts.kernels.reference import ACTIVATIONS
@@ -19,6 +20,7 @@ __all__ = [
     "Weights",
     "dense",
     "description",
+    "gpu_kernels",
     "packed",
     "sparse_experts",
     "sparse_linear",
@@ -77,9 +79,9 @@ def sparse_experts(
     the up matrix (F, D) of each expert one after the other. An index in `experts_TA` that is no
     expert adds nothing. ValueError when shapes, layouts or the activation do not fit.
     """
-    split = gate_up.mask is None
+    split = gate_up.is_tiled
     fits = (
-        (gate_up.mask is None) == (down.mask is None)
+        gate_up.layout == down.layout
         and gate_up.stack == (2 if split else 1) * down.stack
         and gate_up.rows == (1 if split else 2) * down.columns
         and gate_up.columns == down.rows
@@ -99,8 +101,7 @@ def sparse_experts(
 
 
 def _shape(weights: Weights) -> str:
-    layout = "tiled" if weights.mask is None else "rows"
-    return f"{weights.stack} x ({weights.rows}, {weights.columns}), {layout}"
+    return f"{weights.stack} x ({weights.rows}, {weights.columns}), {weights.layout}"
 
 
 def _check_width(name: str, tensor: Tensor, width: int) -> None:

@@ -7,19 +7,23 @@ import torch
 from torch import Tensor
 
 from moiety.experts.kernels import reference
+from moiety.experts.kernels.gpu import gpu_kernels
 from moiety.experts.kernels.library import Library, library
 from moiety.experts.kernels.weights import Weights, contiguous
 
 
 def tiled(weights: Weights) -> Weights | None:
-    """The same matrices in the CPU kernels' own layout, or None where they cannot be.
+    """The same matrices in the kernels' own layout, tiles or planes, or None where they cannot be.
 
-    Only 2:4 matrices on the CPU can, and only with the compiled kernels. ValueError where a mask
-    is not 2:4 though its counts say so.
+    Only 2:4 matrices can: on the CPU with the compiled kernels, on a GPU with Triton's. ValueError
+    where a mask is not 2:4 though its counts say so.
     """
-    kernels = library()
     values, mask = weights.values, weights.mask
-    if kernels is None or mask is None or values.dim() != 3 or values.device.type != "cpu":
+    if values.is_cuda:
+        kernels = gpu_kernels(values.device)
+        return None if kernels is None else kernels.tile(weights)
+    kernels = native(values)
+    if kernels is None or mask is None or values.dim() != 3:
         return None
     kept = weights.columns // 2
     stored = -(-kept // 2) if weights.kind == "int4" else kept
@@ -38,14 +42,24 @@ def with_starts(weights: Weights) -> Weights:
 
 def untiled(weights: Weights) -> Weights:
     """The rows layout again, bit for bit as it was."""
+    if weights.is_planes:
+        from moiety.experts.kernels.cuda import layout
+
+        return layout.stored(weights)
     kernels = library()
-    if weights.mask is not None or kernels is None:
+    if not weights.is_tiled or kernels is None:
         return weights
     return kernels.untile(weights)
 
 
 def dense(weights: Weights, which: int, dtype: torch.dtype) -> Tensor:
     """One dense matrix (O, I)."""
+    if weights.is_planes:
+        one = weights.one(which)
+        kernels = gpu_kernels(weights.values.device)
+        if kernels is not None:
+            return kernels.expand(one, dtype)[0]
+        return dense(untiled(one), 0, dtype)
     kernels = native(weights.values)
     if kernels is not None:
         wide = dtype if dtype == torch.bfloat16 else torch.float32
@@ -57,5 +71,5 @@ def dense(weights: Weights, which: int, dtype: torch.dtype) -> Tensor:
 
 
 def native(tensor: Tensor) -> Library | None:
-    """The compiled kernels, for a tensor they can work on."""
+    """The compiled CPU kernels, for a tensor they can work on."""
     return library() if tensor.device.type == "cpu" else None

@@ -1,9 +1,9 @@
 """The sparse ops as torch.library sees them: schemas, CPU and plain implementations, gradients.
 
 A stack of matrices is seven arguments, the fields of `Weights`, tensors
-first. The CPU implementation takes the
-compiled kernels where they are and the dtype is theirs, else the plain twin of `reference.py`
-on matrices expanded one at a time.
+first. On the CPU the compiled kernels do the work, on a GPU the Triton ones, where they are and
+layout and dtype are theirs, else the plain twin of `reference.py` on matrices expanded one at a
+time.
 
 T tokens, D model width, F expert width, A active experts, O/I out/in features.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moiety.experts.kernels import layouts, reference
+from moiety.experts.kernels.gpu import gpu_kernels
 from moiety.experts.kernels.weights import Weights, contiguous
 
 _LIBRARY = torch.library.Library("moiety", "DEF")
@@ -54,6 +55,11 @@ def _compiled(
     base_TO: Tensor | None = None,
 ) -> Tensor | None:
     """What the compiled kernels give, in the input's dtype; None where they do not work."""
+    if input_TI.is_cuda:
+        gpu = gpu_kernels(input_TI.device)
+        routes = {"experts_TA": experts_TA, "weights_TA": weights_TA, "base_TO": base_TO}
+        plain = {"gate_up": gate_up, "activation": activation, **routes}
+        return None if gpu is None else gpu.forward(input_TI, down, **plain)
     kernels, dtype = layouts.native(input_TI), _COMPUTED_AS.get(input_TI.dtype)
     if kernels is None or dtype is None:
         return None

@@ -1,4 +1,4 @@
-"""A stack of sparse matrices as the ops take it, in either layout.
+"""A stack of sparse matrices as the ops take it, in any layout.
 
 E matrices of a stack, O/I out/in features, K kept values a row, B mask bytes a row, G scales a row.
 """
@@ -26,7 +26,8 @@ class Weights(NamedTuple):
 
     Rows layout, as they are stored: `values` (E, O, K) or (E, n), `mask` (E, O, B) and, for
     integers, `scale` (E, O, G). Tiles, the CPU kernels' own layout for 2:4: `values` are bytes
-    (E, ...), `mask` and `scale` None. `starts` (E, O + 1), optional, says where each row of flat values
+    (E, ...), `mask` and `scale` None. Planes, the GPU kernels' own: all are 32-bit words, `mask`
+    holds pattern numbers (`cuda/layout.py`). `starts` (E, O + 1), optional, says where each row of flat values
     begins, so that the kernels need not count the mask's bits. Make them with `packed` and `tiled`.
     """
 
@@ -42,6 +43,36 @@ class Weights(NamedTuple):
     def stack(self) -> int:
         """Matrices in the stack."""
         return self.values.shape[0]
+
+    @property
+    def layout(self) -> str:
+        """`rows`, `tiled` (the CPU kernels' own) or `planes` (the GPU kernels' own)."""
+        if self.mask is None:
+            return "tiled"
+        return "planes" if self.mask.dtype == torch.int32 else "rows"
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether these are the CPU kernels' tiles."""
+        return self.layout == "tiled"
+
+    @property
+    def is_planes(self) -> bool:
+        """Whether these are the GPU kernels' planes."""
+        return self.layout == "planes"
+
+    def one(self, which: int) -> "Weights":
+        """A stack of just one of the matrices."""
+
+        def of(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[which : which + 1]
+
+        return self._replace(
+            values=self.values[which : which + 1],
+            mask=of(self.mask),
+            scale=of(self.scale),
+            starts=of(self.starts),
+        )
 
     def regrouped(self, stack: int) -> "Weights":
         """The same rows as another number of matrices: gate and up apart, or together again.

@@ -1,0 +1,197 @@
+"""The sparse ops on a GPU: which kernels run, with which buffers.
+
+T tokens, A active experts, R routed rows, O/I out/in features, F expert width, S partial sums.
+"""
+
+# Triton's own language and its launches are no Python to a type checker.
+# pyright: reportCallIssue=false
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moiety.experts.kernels import reference
+from moiety.experts.kernels.cuda import layout
+from moiety.experts.kernels.cuda.choose import SPAN, Choice, choose, splits, tokens_of_block
+from moiety.experts.kernels.cuda.combine import combine
+from moiety.experts.kernels.cuda.product import product
+from moiety.experts.kernels.cuda.routes import Plan, plan_routes
+from moiety.experts.kernels.cuda.unfold import unfold
+from moiety.experts.kernels.weights import Weights
+
+_BITS = {"bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
+_FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_HALVES = (torch.bfloat16, torch.float16)
+# Beyond so many tokens an expert, expanding its matrices once and multiplying densely is faster.
+MOST_TOKENS = 256
+_MOST_OFFSET = 2**31
+
+
+class GpuKernels:
+    """The kernels of one device; `interpreted` runs them on CPU tensors, slowly, for tests."""
+
+    def __init__(self, processors: int, interpreted: bool = False) -> None:
+        self.processors = processors
+        self.ptx = not interpreted
+
+    def takes(self, weights: Weights, dtype: torch.dtype) -> bool:
+        """Whether these matrices are planes that activations of `dtype` can be multiplied with."""
+        values = _FLOATS.get(weights.kind, dtype)
+        words = weights.rows * weights.values.shape[-1]
+        return weights.is_planes and dtype in _HALVES and values == dtype and words < _MOST_OFFSET
+
+    def tile(self, weights: Weights) -> Weights | None:
+        """2:4 matrices in the rows layout as planes; None where they are none, or in fp32."""
+        return layout.planes(weights) if layout.fits(weights) else None
+
+    def expand(self, weights: Weights, dtype: torch.dtype) -> Tensor:
+        """All matrices of planes, dense (E, O, I)."""
+        half = _FLOATS.get(weights.kind, dtype if dtype in _HALVES else torch.float16)
+        return unfold(weights, dtype, _BITS[weights.kind], half, self.ptx)
+
+    def forward(
+        self,
+        input_TI: Tensor,
+        down: Weights,
+        *,
+        gate_up: Weights | None = None,
+        activation: str = "silu",
+        experts_TA: Tensor | None = None,
+        weights_TA: Tensor | None = None,
+        base_TO: Tensor | None = None,
+    ) -> Tensor | None:
+        """As `library.Library.forward`, in the input's dtype; None where these kernels do not work."""
+        stacks = [down] if gate_up is None else [gate_up, down]
+        if not all(self.takes(weights, input_TI.dtype) for weights in stacks):
+            return None
+        input_TI = input_TI.contiguous()
+        tokens = len(input_TI)
+        active = 1 if experts_TA is None else experts_TA.shape[1]
+        if tokens * active == 0:
+            return _nothing(input_TI, down, base_TO)
+        if experts_TA is not None and weights_TA is not None:
+            experts_TA, weights_TA = experts_TA.contiguous(), weights_TA.contiguous()
+        base_TO = None if base_TO is None else base_TO.contiguous()
+        each = tokens if experts_TA is None else tokens * active / down.stack
+        widest = max(weights.columns for weights in stacks)
+        if each > MOST_TOKENS or tokens * active * widest >= _MOST_OFFSET:
+            return self._densely(input_TI, stacks, activation, experts_TA, weights_TA, base_TO)
+        block = tokens_of_block(each if experts_TA is None else 1.25 * each)
+        plan = None
+        if experts_TA is not None:
+            plan = plan_routes(experts_TA, down.stack, block)
+        inner_RF, gather = input_TI, True
+        if gate_up is not None:
+            choice = choose(_BITS[gate_up.kind], True, block)
+            inner_RF = self._product(
+                input_TI, gate_up, choice, plan, active, gather=True, activation=activation
+            )
+            gather = False
+        choice = choose(_BITS[down.kind], False, block)
+        sums_SRO = self._product(inner_RF, down, choice, plan, active, gather=gather)
+        if plan is None and sums_SRO.dtype == input_TI.dtype:
+            return sums_SRO[0]
+        return combine(sums_SRO, plan, down.stack, weights_TA, base_TO, tokens, input_TI.dtype)
+
+    def _product(
+        self,
+        input: Tensor,
+        weights: Weights,
+        choice: Choice,
+        plan: Plan | None,
+        active: int,
+        *,
+        gather: bool,
+        activation: str | None = None,
+    ) -> Tensor:
+        """One launch: (R, N/2) gated in the input's dtype, else sums (S, R, N).
+
+        Sums are fp32, but in the input's dtype where they are final: one matrix, one part.
+        """
+        gated = activation is not None
+        rows = weights.rows // 2 if gated else weights.rows
+        total = len(input) * (active if plan is not None and gather else 1)
+        blocks = _cdiv(total, choice.tokens) if plan is None else plan.blocks
+        narrow = _cdiv(rows, choice.rows // 2 if gated else choice.rows)
+        parts = 1
+        if not gated:
+            parts = splits(choice, narrow * blocks, weights.columns, self.processors)
+        final = gated or (plan is None and parts == 1)
+        shape = (total, rows) if gated else (parts, total, rows)
+        output = input.new_empty(shape, dtype=input.dtype if final else torch.float32)
+        each = _cdiv(weights.columns, SPAN * choice.sharing * parts)
+        codes = weights.mask
+        assert codes is not None
+        scale = codes if weights.scale is None else weights.scale
+        found = [codes] * 4
+        if plan is not None:
+            found = [plan.token_R, plan.expert_B, plan.start_B, plan.end_B]
+        product[(narrow, blocks, parts)](
+            input,
+            weights.values,
+            codes,
+            scale,
+            output,
+            *found,
+            total,
+            weights.stack,
+            weights.rows,
+            weights.columns,
+            weights.values.shape[-1],
+            codes.shape[-1],
+            scale.shape[-1],
+            KIND=_BITS[weights.kind],
+            GATED=gated,
+            ACTIVATION=activation or "",
+            MODE="one" if plan is None else plan.mode,
+            ACTIVE=active,
+            GATHER=gather and plan is not None,
+            EVEN=weights.columns == SPAN * choice.sharing * parts * each,
+            BN=choice.rows,
+            BM=choice.tokens,
+            WARPS=choice.warps,
+            KS=choice.sharing,
+            SPLITS=0 if gated else parts,
+            EACH=each,
+            PTX=self.ptx,
+            STAGES=choice.stages,
+            num_warps=choice.warps,
+            num_stages=choice.stages,
+        )
+        return output
+
+    def _densely(
+        self,
+        input_TI: Tensor,
+        stacks: list[Weights],
+        activation: str,
+        experts_TA: Tensor | None,
+        weights_TA: Tensor | None,
+        base_TO: Tensor | None,
+    ) -> Tensor:
+        """Many tokens an expert: each expert's matrices are expanded once and multiplied densely."""
+        dtype = input_TI.dtype
+
+        def dense(weights: Weights) -> reference.Dense:
+            return lambda expert: self.expand(weights.one(expert), dtype)[0]
+
+        down = stacks[-1]
+        if experts_TA is None or weights_TA is None:
+            return functional.linear(input_TI, dense(down)(0))
+        if len(stacks) == 1:
+            return reference.sparse_routed_linear(
+                input_TI, dense(down), down.stack, down.rows, experts_TA, weights_TA, base_TO
+            )
+        return reference.sparse_experts(
+            input_TI, dense(stacks[0]), dense(down), down.stack, experts_TA, weights_TA, activation
+        )
+
+
+def _nothing(input_TI: Tensor, down: Weights, base_TO: Tensor | None) -> Tensor:
+    if base_TO is not None:
+        return base_TO.to(input_TI.dtype)
+    return input_TI.new_zeros(len(input_TI), down.rows)
+
+
+def _cdiv(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
