@@ -16,10 +16,10 @@ from moiety.experts.packing import LARGEST_CODE
 NIBBLES = [1 << a | 1 << b for a, b in itertools.combinations(range(4), 2)]
 
 
-def random_mask(stack: int, rows: int, columns: int) -> Tensor:
+def random_mask(stack: int, rows: int, columns: int, device: str = "cpu") -> Tensor:
     """Masks (E, O, B) that keep two random columns of every four."""
-    nibbles = torch.tensor(NIBBLES, dtype=torch.uint8)
-    halves = nibbles[torch.randint(6, (2, stack, rows, columns // 8))]
+    nibbles = torch.tensor(NIBBLES, dtype=torch.uint8, device=device)
+    halves = nibbles[torch.randint(6, (2, stack, rows, columns // 8), device=device)]
     return halves[0] | halves[1] << 4
 
 
