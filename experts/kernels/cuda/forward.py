@@ -83,38 +83,41 @@ class GpuKernels:
         inner_RF, gather = input_TI, True
         if gate_up is not None:
             choice = choose(_BITS[gate_up.kind], True, block)
-            inner_RF = self._product(
-                input_TI, gate_up, choice, plan, active, gather=True, activation=activation
+            inner_RF = self.product(
+                input_TI, gate_up, choice, plan, active=active, activation=activation
             )
             gather = False
         choice = choose(_BITS[down.kind], False, block)
-        sums_SRO = self._product(inner_RF, down, choice, plan, active, gather=gather)
+        sums_SRO = self.product(inner_RF, down, choice, plan, active=active, gather=gather)
         if plan is None and sums_SRO.dtype == input_TI.dtype:
             return sums_SRO[0]
         return combine(sums_SRO, plan, down.stack, weights_TA, base_TO, tokens, input_TI.dtype)
 
-    def _product(
+    def product(
         self,
         input: Tensor,
         weights: Weights,
         choice: Choice,
-        plan: Plan | None,
-        active: int,
+        plan: Plan | None = None,
         *,
-        gather: bool,
+        active: int = 1,
+        gather: bool = True,
         activation: str | None = None,
+        parts: int | None = None,
     ) -> Tensor:
-        """One launch: (R, N/2) gated in the input's dtype, else sums (S, R, N).
+        """One launch: (R, N/2) gated in the input's dtype, else sums (S, R, N) of `parts` parts.
 
-        Sums are fp32, but in the input's dtype where they are final: one matrix, one part.
+        Sums are fp32, but in the input's dtype where they are final: one matrix, one part. With
+        `gather` the input has a row a token, without it a row a route.
         """
         gated = activation is not None
         rows = weights.rows // 2 if gated else weights.rows
         total = len(input) * (active if plan is not None and gather else 1)
         blocks = _cdiv(total, choice.tokens) if plan is None else plan.blocks
         narrow = _cdiv(rows, choice.rows // 2 if gated else choice.rows)
-        parts = 1
-        if not gated:
+        if gated:
+            parts = 1
+        elif parts is None:
             parts = splits(choice, narrow * blocks, weights.columns, self.processors)
         final = gated or (plan is None and parts == 1)
         shape = (total, rows) if gated else (parts, total, rows)
