@@ -18,18 +18,21 @@ from benchmarks import gpu_peers, gpu_timing, tables
 from benchmarks.matrices import random_mask
 from moiety.experts import kernels
 from moiety.experts.kernels import Weights
+from moiety.experts.kernels.cuda.many import ManyTokens
+from moiety.experts.kernels.cuda.semi_structured import Products
 from moiety.files import write_json
 
 WIDTH, EXPERT_WIDTH, EXPERTS = 4096, 14336, 8
 FEW, MANY = (1, 8, 16, 32, 64, 128, 256), (1024, 4096)
 ROUTED = ((1, 1), (1, 2), (8, 1), (64, 1), (64, 2))
-TARGETS = {
+TARGETS: dict[str, dict[Any, float]] = {
     "bf16": {1: 1.35, 8: 1.35, 16: 1.30, 64: 1.15},
     "int8": {1: 2.0, 8: 2.0, 16: 2.0},
     "int4": {1: 2.5, 8: 2.5, 16: 2.5},
     "routed": {(64, 1): 1.35},
-    "semi_structured": {4096: 1.10},
+    "bf16_prefill": {4096: 1.10},
 }
+OURS = ("bf16", "int8", "int4", "bf16_prefill", "bf16_expanded", "semi_structured")
 PEERS: dict[str, Callable[..., Tensor]] = {
     "cublas_separate": gpu_peers.separate,
     "cublas_fused": gpu_peers.fused,
@@ -37,9 +40,12 @@ PEERS: dict[str, Callable[..., Tensor]] = {
     "grouped_mm": gpu_peers.grouped,
 }
 _MOST_OF_TWIN = 64
+LEAST_MANY = 64
 
 
-def random_planes(stack: int, rows: int, columns: int, kind: str) -> Weights:
+def random_planes(
+    stack: int, rows: int, columns: int, kind: str, *, prefill: bool = False
+) -> Weights:
     """Random 2:4 matrices of about unit gain on the device."""
     mask = random_mask(stack, rows, columns, "cuda")
     kept, scale = columns // 2, None
@@ -54,7 +60,7 @@ def random_planes(stack: int, rows: int, columns: int, kind: str) -> Weights:
             values = ((values + 8) | high << 4).to(torch.uint8)
         size = (stack, rows, columns // 128)
         scale = torch.full(size, 2 / limit / kept**0.5, dtype=torch.bfloat16, device="cuda")
-    planes = kernels.tiled(kernels.packed(values, mask, columns, scale))
+    planes = kernels.tiled(kernels.packed(values, mask, columns, scale), prefill=prefill)
     if planes is None:
         raise SystemExit("expected an NVIDIA GPU of compute capability 8.0 or newer, and Triton")
     return planes
@@ -75,12 +81,17 @@ def expert_rows(few: Sequence[int], many: Sequence[int]) -> Iterator[dict[str, A
     """One expert: every number of tokens and kind of values."""
     shapes = ((2 * EXPERT_WIDTH, WIDTH), (WIDTH, EXPERT_WIDTH))
     turns = gpu_timing.copies(nbytes(*(random_planes(1, *shape, "int4") for shape in shapes)))
-    ours = {
+    ours: dict[str, list[Any]] = {
         kind: [tuple(random_planes(1, *shape, kind) for shape in shapes) for _ in range(turns)]
         for kind in ("bf16", "int8", "int4")
     }
     dense = [tuple(dense_of(weights)[0] for weights in pair) for pair in ours["bf16"]]
-    semi = [tuple(_parts(matrix) for matrix in pair) for pair in dense[:2]]
+    products = Products()
+    semi = [tuple(_parts(matrix, products) for matrix in pair) for pair in dense[:2]]
+    stored = [tuple(kernels.untiled(weights) for weights in pair) for pair in ours["bf16"][:2]]
+    ours["bf16_prefill"] = [
+        tuple(kernels.tiled(weights, prefill=True) for weights in pair) for pair in stored
+    ]
     for tokens in (*few, *many):
         input = torch.randn(tokens, WIDTH, device="cuda").bfloat16()
         contenders = _contenders(input, ours, dense, semi)
@@ -106,15 +117,27 @@ def _contenders(
     if len(input) >= 16:
         found["semi_structured"] = lambda turn: _semi(input, semi[turn % len(semi)])
     for kind, pairs in ours.items():
-        found[kind] = lambda turn, pairs=pairs: gpu.forward(
-            input, pairs[turn % len(pairs)][1], gate_up=pairs[turn % len(pairs)][0]
+        if kind != "bf16_prefill" or len(input) > LEAST_MANY:
+            found[kind] = lambda turn, pairs=pairs: gpu.forward(
+                input, pairs[turn % len(pairs)][1], gate_up=pairs[turn % len(pairs)][0]
+            )
+    if len(input) > LEAST_MANY:
+        many, pairs = ManyTokens(gpu.expand), ours["bf16"]
+        found["bf16_expanded"] = lambda turn: many.forward(
+            input,
+            pairs[turn % len(pairs)][0],
+            pairs[turn % len(pairs)][1],
+            "silu",
+            None,
+            None,
+            None,
         )
     return found
 
 
-def _parts(matrix: Tensor) -> list[gpu_peers.SemiStructured]:
+def _parts(matrix: Tensor, products: Products) -> list[gpu_peers.SemiStructured]:
     halves = matrix.chunk(2) if len(matrix) == 2 * EXPERT_WIDTH else [matrix]
-    return [gpu_peers.SemiStructured(half.contiguous()) for half in halves]
+    return [gpu_peers.SemiStructured(half.contiguous(), products) for half in halves]
 
 
 def _semi(input: Tensor, pair: Any) -> Tensor:
@@ -134,14 +157,14 @@ def _check(contenders: dict[str, Callable[[int], Any]]) -> None:
 def _rows(
     case: str, tokens: int, seconds: dict[str, float], sizes: dict[str, int], active: int = 1
 ) -> Iterator[dict[str, Any]]:
-    dense = [name for name in seconds if name not in ("bf16", "int8", "int4", "semi_structured")]
+    dense = [name for name in seconds if name not in OURS]
     best = min(seconds[name] for name in dense)
-    for kind in ("bf16", "int8", "int4", "semi_structured"):
+    for kind in OURS:
         if kind in seconds:
             ratio = {"dense_best": best / seconds[kind]}
             ratio |= {name: seconds[name] / seconds[kind] for name in dense}
             key = tokens if case == "one expert" else (tokens, active)
-            least = TARGETS["routed" if case != "one expert" and kind == "bf16" else kind]
+            least = TARGETS.get("routed" if case != "one expert" else kind, {})
             yield {
                 "case": case,
                 "tokens": tokens,

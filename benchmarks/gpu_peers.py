@@ -16,6 +16,8 @@ from torch.nn import functional
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from moiety.experts.kernels.cuda.semi_structured import Products
+
 
 def separate(input: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Three cuBLAS products and the activation between them."""
@@ -110,22 +112,12 @@ def mixtral_experts(name: str, gate_up: Tensor, down: Tensor, active: int) -> Mi
 
 
 class SemiStructured:
-    """torch's 2:4 product (cuSPARSELt), its algorithm searched for once a shape."""
+    """torch's own 2:4 product (cuSPARSELt), its algorithm searched for."""
 
-    def __init__(self, weight_OI: Tensor) -> None:
+    def __init__(self, weight_OI: Tensor, products: Products) -> None:
         self.weight = torch._cslt_compress(weight_OI)
-        self.algorithms: dict[int, int] = {}
+        self.products = products
 
     def __call__(self, input_TI: Tensor) -> Tensor:
-        """`input @ weightᵀ`, tokens filled up to a multiple of 16."""
-        tokens = len(input_TI)
-        padded = functional.pad(input_TI, (0, 0, 0, -tokens % 16))
-        if len(padded) not in self.algorithms:
-            search = torch._C._cusparselt.mm_search  # pyright: ignore[reportAttributeAccessIssue]
-            found = search(self.weight, padded.T, None, None, None, True)
-            self.algorithms[len(padded)] = found[0] if isinstance(found, tuple) else found
-        algorithm = self.algorithms[len(padded)]
-        product = torch._cslt_sparse_mm(
-            self.weight, padded.T, transpose_result=True, alg_id=algorithm
-        )
-        return product[:tokens]
+        """`input @ weightᵀ`."""
+        return self.products(input_TI, self.weight)

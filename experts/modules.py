@@ -37,6 +37,8 @@ class PackedModule(nn.Module):
         self.pattern = pattern
         self.values = values
         self.widths: dict[str, int] = {}
+        self.prefill = False
+        self._ready = False
         self._tiled: dict[str, tuple[int, int, str]] = {}
 
     def _empty(self, name: str, stack: tuple[int, ...], rows: int, in_features: int) -> None:
@@ -101,6 +103,7 @@ class PackedModule(nn.Module):
 
         2:4 matrices get the kernels' own layout; for flat values it is noted where each row begins.
         """
+        self._ready = True
         if self.pattern == TILED_PATTERN:
             self._tile()
         elif not self.pattern.group:
@@ -150,7 +153,8 @@ class PackedModule(nn.Module):
         if len({tensor.device for tensor in self.packed(name) if tensor is not None}) > 1:
             return None
         parts = self._parts(name) if stored.values.device.type == "cpu" else 1
-        return kernels.tiled(stored.regrouped(stored.stack * parts) if parts > 1 else stored)
+        apart = stored.regrouped(stored.stack * parts) if parts > 1 else stored
+        return kernels.tiled(apart, prefill=self.prefill)
 
     def _from_tiles(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         tiled = self.weights(name)
@@ -167,8 +171,7 @@ class PackedModule(nn.Module):
         return True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":
-        tiled = bool(self._tiled)
-        if tiled:
+        if self._tiled:
             name, (*_, kind) = next(iter(self._tiled.items()))
             device = self.get_buffer(f"{name}_tiles").device
             probe = torch.empty(0, dtype=packing.DTYPES[kind], device=device)
@@ -176,7 +179,7 @@ class PackedModule(nn.Module):
             if moved.device != probe.device or moved.dtype != probe.dtype:
                 self.untile()
         super()._apply(fn, recurse)
-        if tiled:
+        if self._ready and self.pattern == TILED_PATTERN:
             self._tile()
         return self
 
@@ -210,6 +213,19 @@ class PackedModule(nn.Module):
 
     def _stored_as(self) -> str:
         return f"{self.pattern}" if self.values is None else f"{self.pattern}, {self.values}"
+
+
+def favour_prefill(model: nn.Module) -> None:
+    """Let every packed module of a model on a GPU keep what cuSPARSELt needs for long prompts.
+
+    It multiplies many tokens about a third faster than dense matrices are, for 10 bits a weight
+    instead of 9. Nothing changes on the CPU, for integer values, or without cuSPARSELt.
+    """
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            module.untile()
+            module.prefill = True
+            module.prepare()
 
 
 class SparseLinear(PackedModule):

@@ -12,16 +12,17 @@ from moiety.experts.kernels.library import Library, library
 from moiety.experts.kernels.weights import Weights, contiguous
 
 
-def tiled(weights: Weights) -> Weights | None:
+def tiled(weights: Weights, *, prefill: bool = False) -> Weights | None:
     """The same matrices in the kernels' own layout, tiles or planes, or None where they cannot be.
 
     Only 2:4 matrices can: on the CPU with the compiled kernels, on a GPU with Triton's. ValueError
-    where a mask is not 2:4 though its counts say so.
+    where a mask is not 2:4 though its counts say so. `prefill` adds what cuSPARSELt needs to be fast
+    with many tokens on a GPU, for a bit a weight more.
     """
     values, mask = weights.values, weights.mask
     if values.is_cuda:
         kernels = gpu_kernels(values.device)
-        return None if kernels is None else kernels.tile(weights)
+        return None if kernels is None else kernels.tile(weights, prefill=prefill)
     kernels = native(values)
     if kernels is None or mask is None or values.dim() != 3:
         return None

@@ -111,7 +111,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _routed_sum(
+def routed_sum(
     input_TI: Tensor,
     compute: Callable[[int, Tensor], Tensor],
     count: int,
@@ -148,7 +148,7 @@ def sparse_routed_linear(
     output_TO = input_TI.new_zeros(len(input_TI), rows, dtype=_wide(input_TI))
     if base_TO is not None:
         output_TO += base_TO
-    return _routed_sum(input_TI, compute, count, output_TO, experts_TA, weights_TA)
+    return routed_sum(input_TI, compute, count, output_TO, experts_TA, weights_TA)
 
 
 def sparse_routed_linear_backward(
@@ -191,7 +191,7 @@ def sparse_experts(
         return functional.linear(activate(gate_NF, activation) * up_NF, down(expert))
 
     output_TD = torch.zeros_like(hidden_TD, dtype=_wide(hidden_TD))
-    return _routed_sum(hidden_TD, compute, count, output_TD, experts_TA, weights_TA)
+    return routed_sum(hidden_TD, compute, count, output_TD, experts_TA, weights_TA)
 
 
 def sparse_experts_backward(

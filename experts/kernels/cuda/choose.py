@@ -7,7 +7,7 @@ number of multiprocessors.
 from dataclasses import dataclass
 
 SPAN = 256
-_WARPS_A_PROCESSOR = 8
+_ROWS_A_PROCESSOR = 128
 MOST_TOKENS = 64
 
 
@@ -28,26 +28,26 @@ _TABLE = {
     (16, True, 16): Choice(128, 16, 4, 1, 3),
     (16, True, 32): Choice(128, 32, 4, 1, 3),
     (16, True, 64): Choice(64, 64, 2, 1, 2),
-    (16, False, 8): Choice(64, 8, 4, 1, 3),
+    (16, False, 8): Choice(64, 8, 2, 1, 3),
     (16, False, 16): Choice(128, 16, 4, 1, 3),
-    (16, False, 32): Choice(64, 32, 2, 1, 3),
-    (16, False, 64): Choice(64, 64, 2, 1, 3),
-    (8, True, 8): Choice(32, 8, 4, 2, 3),
-    (8, True, 16): Choice(32, 16, 2, 1, 3),
-    (8, True, 32): Choice(64, 32, 4, 1, 3),
-    (8, True, 64): Choice(64, 64, 4, 1, 2),
+    (16, False, 32): Choice(128, 32, 4, 1, 3),
+    (16, False, 64): Choice(128, 64, 4, 1, 3),
+    (8, True, 8): Choice(64, 8, 2, 1, 3),
+    (8, True, 16): Choice(64, 16, 2, 1, 3),
+    (8, True, 32): Choice(128, 32, 4, 1, 3),
+    (8, True, 64): Choice(128, 64, 8, 1, 3),
     (8, False, 8): Choice(32, 8, 2, 1, 3),
-    (8, False, 16): Choice(64, 16, 4, 1, 3),
-    (8, False, 32): Choice(64, 32, 4, 1, 3),
-    (8, False, 64): Choice(64, 64, 4, 1, 2),
-    (4, True, 8): Choice(32, 8, 2, 1, 3),
-    (4, True, 16): Choice(64, 16, 4, 1, 3),
-    (4, True, 32): Choice(64, 32, 4, 1, 3),
-    (4, True, 64): Choice(64, 64, 4, 1, 2),
-    (4, False, 8): Choice(32, 8, 2, 1, 3),
+    (8, False, 16): Choice(64, 16, 2, 1, 3),
+    (8, False, 32): Choice(128, 32, 4, 1, 4),
+    (8, False, 64): Choice(128, 64, 8, 1, 3),
+    (4, True, 8): Choice(64, 8, 2, 1, 3),
+    (4, True, 16): Choice(64, 16, 2, 1, 3),
+    (4, True, 32): Choice(128, 32, 4, 1, 3),
+    (4, True, 64): Choice(64, 64, 4, 1, 3),
+    (4, False, 8): Choice(64, 8, 2, 1, 4),
     (4, False, 16): Choice(64, 16, 4, 1, 3),
-    (4, False, 32): Choice(64, 32, 4, 1, 3),
-    (4, False, 64): Choice(64, 64, 4, 1, 2),
+    (4, False, 32): Choice(128, 32, 4, 1, 4),
+    (4, False, 64): Choice(64, 64, 4, 1, 3),
 }
 
 
@@ -62,9 +62,9 @@ def choose(bits: int, gated: bool, tokens: int) -> Choice:
 
 
 def splits(choice: Choice, programs: int, columns: int, processors: int) -> int:
-    """Parts the columns are summed in, so that every multiprocessor has warps enough."""
+    """Parts the columns are summed in, so that every multiprocessor has rows enough."""
     spans = -(-columns // (SPAN * choice.sharing))
-    wanted = _WARPS_A_PROCESSOR * processors / (programs * choice.warps)
+    wanted = _ROWS_A_PROCESSOR * processors / (programs * choice.rows)
     if wanted <= 1:
         return 1
     most = min(spans, max(1, round(wanted)))

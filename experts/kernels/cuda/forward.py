@@ -8,23 +8,23 @@ T tokens, A active experts, R routed rows, O/I out/in features, F expert width, 
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from moiety.experts.kernels import reference
 from moiety.experts.kernels.cuda import layout
 from moiety.experts.kernels.cuda.choose import SPAN, Choice, choose, splits, tokens_of_block
 from moiety.experts.kernels.cuda.combine import combine
+from moiety.experts.kernels.cuda.many import ManyTokens
 from moiety.experts.kernels.cuda.product import product
 from moiety.experts.kernels.cuda.routes import Plan, plan_routes
+from moiety.experts.kernels.cuda.semi_structured import compressed, with_metadata
 from moiety.experts.kernels.cuda.unfold import unfold
 from moiety.experts.kernels.weights import Weights
 
 _BITS = {"bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
 _FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _HALVES = (torch.bfloat16, torch.float16)
-# Beyond so many tokens an expert, expanding its matrices once and multiplying densely is faster.
-MOST_TOKENS = 256
 _MOST_OFFSET = 2**31
+# Tokens an expert beyond which its matrices are multiplied whole, with cuSPARSELt and densely.
+MOST_TOKENS_SPARSE, MOST_TOKENS_DENSE = 64, 256
 
 
 class GpuKernels:
@@ -33,6 +33,7 @@ class GpuKernels:
     def __init__(self, processors: int, interpreted: bool = False) -> None:
         self.processors = processors
         self.ptx = not interpreted
+        self._many = ManyTokens(self.expand)
 
     def takes(self, weights: Weights, dtype: torch.dtype) -> bool:
         """Whether these matrices are planes that activations of `dtype` can be multiplied with."""
@@ -40,9 +41,17 @@ class GpuKernels:
         words = weights.rows * weights.values.shape[-1]
         return weights.is_planes and dtype in _HALVES and values == dtype and words < _MOST_OFFSET
 
-    def tile(self, weights: Weights) -> Weights | None:
-        """2:4 matrices in the rows layout as planes; None where they are none, or in fp32."""
-        return layout.planes(weights) if layout.fits(weights) else None
+    def tile(self, weights: Weights, *, prefill: bool = False) -> Weights | None:
+        """2:4 matrices in the rows layout as planes; None where they are none, or in fp32.
+
+        With `prefill`, 16-bit values get cuSPARSELt's metadata too, a bit a weight more.
+        """
+        if not layout.fits(weights):
+            return None
+        planes = layout.planes(weights)
+        if not prefill or planes.kind not in _FLOATS:
+            return planes
+        return with_metadata(planes, self.expand(planes, _FLOATS[planes.kind]))
 
     def expand(self, weights: Weights, dtype: torch.dtype) -> Tensor:
         """All matrices of planes, dense (E, O, I)."""
@@ -74,8 +83,10 @@ class GpuKernels:
         base_TO = None if base_TO is None else base_TO.contiguous()
         each = tokens if experts_TA is None else tokens * active / down.stack
         widest = max(weights.columns for weights in stacks)
-        if each > MOST_TOKENS or tokens * active * widest >= _MOST_OFFSET:
-            return self._densely(input_TI, stacks, activation, experts_TA, weights_TA, base_TO)
+        if each > most_tokens(down) or tokens * active * widest >= _MOST_OFFSET:
+            return self._many.forward(
+                input_TI, gate_up, down, activation, experts_TA, weights_TA, base_TO
+            )
         block = tokens_of_block(each if experts_TA is None else 1.25 * each)
         plan = None
         if experts_TA is not None:
@@ -141,6 +152,7 @@ class GpuKernels:
             weights.rows,
             weights.columns,
             weights.values.shape[-1],
+            weights.values.stride(0),
             codes.shape[-1],
             scale.shape[-1],
             KIND=_BITS[weights.kind],
@@ -163,31 +175,10 @@ class GpuKernels:
         )
         return output
 
-    def _densely(
-        self,
-        input_TI: Tensor,
-        stacks: list[Weights],
-        activation: str,
-        experts_TA: Tensor | None,
-        weights_TA: Tensor | None,
-        base_TO: Tensor | None,
-    ) -> Tensor:
-        """Many tokens an expert: each expert's matrices are expanded once and multiplied densely."""
-        dtype = input_TI.dtype
 
-        def dense(weights: Weights) -> reference.Dense:
-            return lambda expert: self.expand(weights.one(expert), dtype)[0]
-
-        down = stacks[-1]
-        if experts_TA is None or weights_TA is None:
-            return functional.linear(input_TI, dense(down)(0))
-        if len(stacks) == 1:
-            return reference.sparse_routed_linear(
-                input_TI, dense(down), down.stack, down.rows, experts_TA, weights_TA, base_TO
-            )
-        return reference.sparse_experts(
-            input_TI, dense(stacks[0]), dense(down), down.stack, experts_TA, weights_TA, activation
-        )
+def most_tokens(weights: Weights) -> int:
+    """Tokens an expert up to which the blocks' kernels are faster."""
+    return MOST_TOKENS_DENSE if compressed(weights, 0) is None else MOST_TOKENS_SPARSE
 
 
 def _nothing(input_TI: Tensor, down: Weights, base_TO: Tensor | None) -> Tensor:

@@ -38,6 +38,7 @@ def product(
     rows,
     width,
     value_words,
+    value_step,
     code_words,
     scale_words,
     KIND: tl.constexpr,
@@ -88,7 +89,7 @@ def product(
     slot_r = tl.arange(0, KS * BN)
     row_r = _row(tl.program_id(0), slot_r % BN, rows, GATED, BN)
     first_r = slot_r // BN * EACH
-    values += expert * rows * value_words
+    values += expert * value_step
     codes += expert * rows * code_words
     scale += expert * rows * scale_words
     value_r = row_r * value_words + first_r * (WORDS * W)

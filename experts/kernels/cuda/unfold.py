@@ -37,6 +37,7 @@ def unfold(weights: Weights, dtype: torch.dtype, kind: int, half: torch.dtype, p
         weights.rows,
         weights.columns,
         weights.values.shape[-1],
+        weights.values.stride(0),
         codes.shape[-1],
         scale.shape[-1],
         KIND=kind,
@@ -58,6 +59,7 @@ def _unfold(
     rows,
     width,
     value_words,
+    value_step,
     code_words,
     scale_words,
     KIND: tl.constexpr,
@@ -78,7 +80,7 @@ def _unfold(
         codes + matrix * code_words + span * W, row_n * code_words, start_n * W, W, code_words, EVEN
     )
     packed = _words(
-        values + matrix * value_words + span * (WORDS * W),
+        values + tl.program_id(2).to(tl.int64) * value_step + span * (WORDS * W),
         row_n * value_words,
         start_n * (WORDS * W),
         WORDS * W,

@@ -28,7 +28,7 @@ POINTERS = {
     "block_start": "*i32",
     "block_end": "*i32",
 }
-ALIGNED = ("rows", "width", "value_words", "code_words", "scale_words")
+ALIGNED = ("rows", "width", "value_words", "value_step", "code_words", "scale_words")
 
 
 def compiled(capability: int, shape: list[Any]) -> Any:

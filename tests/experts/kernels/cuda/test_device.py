@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from moiety.experts import kernels
 from moiety.experts.export import export_dense
 from moiety.experts.kernels import Weights
-from moiety.experts.modules import PackedModule
+from moiety.experts.modules import PackedModule, favour_prefill
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 KINDS = ("bf16", "int8", "int4")
@@ -65,7 +65,7 @@ def test_ops_pass_opcheck_and_compile_whole(packs: Any, gpu: Any) -> None:
     chosen, shares = routing(5)
     arguments = (hidden, *gate_up, *down, chosen, shares, "silu")
     torch.library.opcheck(torch.ops.moiety.sparse_experts.default, arguments)
-    compiled = torch.compile(kernels.sparse_experts, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(kernels.sparse_experts, fullgraph=True, backend="aot_eager")
     output = compiled(hidden, gate_up, down, chosen, shares)
     assert torch.equal(output, kernels.sparse_experts(hidden, gate_up, down, chosen, shares))
 
@@ -81,7 +81,8 @@ def test_a_captured_block_replays_with_other_tokens_and_routes(packs: Any, gpu: 
     for _ in range(3):
         hidden.normal_()
         other, other_shares = routing(33)
-        chosen.copy_(other), shares.copy_(other_shares)
+        chosen.copy_(other)
+        shares.copy_(other_shares)
         graph.replay()
         torch.cuda.synchronize()
         again = kernels.sparse_experts(hidden, gate_up, down, chosen, shares)
@@ -100,7 +101,8 @@ def test_a_packed_mixture_generates_as_its_dense_export(
     packs: Any, tmp_path: Path, kind: str
 ) -> None:
     folder = packs.write_packed(packs.tiny_mixtral(), tmp_path, packs.EXPERTS, "2:4", kind)
-    sparse: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda()
+    opened: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    sparse = opened.cuda()
     modules = [module for module in sparse.modules() if isinstance(module, PackedModule)]
     assert all(module.weights(name).is_planes for module in modules for name in module.widths)
     export_dense(folder, tmp_path / "dense")
@@ -125,6 +127,27 @@ def test_moving_there_and_back_changes_no_bit(packs: Any, tmp_path: Path, kind: 
     direct: Any = AutoModelForCausalLM.from_pretrained(folder, device_map="cuda")
     modules = [module for module in direct.modules() if isinstance(module, PackedModule)]
     assert modules and all(m.weights(name).is_planes for m in modules for name in m.widths)
+
+
+@pytest.mark.skipif(
+    not torch.backends.cusparselt.is_available(), reason="torch has no cuSPARSELt here"
+)
+def test_metadata_for_prompts_changes_no_value(packs: Any, tmp_path: Path) -> None:
+    folder = packs.write_packed(
+        packs.tiny_mixtral(intermediate_size=64), tmp_path, packs.EXPERTS, "2:4", "bf16"
+    )
+    opened: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = opened.cuda()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.randint(64, (4, 200), device="cuda")
+    expected = model(ids).logits.float()
+    small = sum(m.packed_bytes for m in model.modules() if isinstance(m, PackedModule))
+    favour_prefill(model)
+    large = sum(m.packed_bytes for m in model.modules() if isinstance(m, PackedModule))
+    assert small < large
+    error = (model(ids).logits.float() - expected).norm() / expected.norm()
+    assert float(error) < 2e-2
+    assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
 
 
 def test_refusals_are_those_of_the_cpu(packs: Any, gpu: Any) -> None:

@@ -124,7 +124,7 @@ def test_no_tokens_give_nothing(packs: Any, gpu: Any) -> None:
 def test_many_tokens_go_through_dense_matrices(
     packs: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moiety.experts.kernels.cuda.forward.MOST_TOKENS", 2)
+    monkeypatch.setattr("moiety.experts.kernels.cuda.forward.MOST_TOKENS_DENSE", 2)
     gate_up, gate_up_weights = gpu.stack(packs, 2, 2 * 36, 68, "int8")
     down, down_weights = gpu.stack(packs, 2, 68, 36, "int8")
     hidden = torch.randn(9, 68, device=gpu.device).bfloat16()

@@ -20,8 +20,10 @@ def test_planes_and_back(packs: Any, kind: str, rows: int, groups: int, stack: i
     planes = layout.planes(stored)
     assert (planes.layout, planes.stack, planes.rows) == ("planes", stack, rows)
     back = kernels.untiled(planes)
-    for ours, theirs in zip(back, stored, strict=True):
-        assert ours == theirs if not isinstance(theirs, torch.Tensor) else torch.equal(ours, theirs)
+    assert back[3:] == stored[3:]
+    for ours, theirs in zip(back[:3], stored[:3], strict=True):
+        if theirs is not None:
+            assert isinstance(ours, torch.Tensor) and torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("bf16", 9), ("int8", 5.125), ("int4", 3.125)])
