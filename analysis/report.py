@@ -30,7 +30,7 @@ from moiety.analysis.tables import (
     resources_table,
     routing_table,
 )
-from moiety.analysis.trace_file import Trace
+from moiety.analysis.trace.file import Trace
 from moiety.analysis.view import shown_tokens, token_view
 from moiety.analysis.visible import visible_line
 from moiety.errors import InputError, OutputError

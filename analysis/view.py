@@ -11,9 +11,9 @@ import numpy
 from numpy.typing import NDArray
 
 from moiety.analysis.charts import expert_colours
-from moiety.analysis.measures import token_shares
 from moiety.analysis.statistics import RoutingSummary
-from moiety.analysis.trace_file import Trace
+from moiety.analysis.statistics.measures import token_shares
+from moiety.analysis.trace.file import Trace
 from moiety.analysis.visible import visible, visible_line
 
 STEPS = 255

@@ -8,7 +8,8 @@ import numpy
 import pytest
 from scipy.stats import chi2_contingency, entropy
 
-from moiety.analysis.measures import (
+from moiety.analysis.statistics import summarise
+from moiety.analysis.statistics.measures import (
     load,
     max_violation,
     mean_by_domain,
@@ -16,9 +17,8 @@ from moiety.analysis.measures import (
     top_counts,
     weight_share,
 )
-from moiety.analysis.permutation import distinct_labellings, permutation_test
-from moiety.analysis.statistics import summarise
-from moiety.analysis.trace_file import Trace
+from moiety.analysis.statistics.permutation import distinct_labellings, permutation_test
+from moiety.analysis.trace.file import Trace
 from moiety.errors import InputError
 
 

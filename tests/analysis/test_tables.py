@@ -17,7 +17,7 @@ from moiety.analysis.tables import (
     routing_table,
     size,
 )
-from moiety.analysis.trace_file import Trace
+from moiety.analysis.trace.file import Trace
 from moiety.analysis.visible import visible, visible_line
 from moiety.errors import InputError
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.special import gammaln
 from scipy.stats import false_discovery_control
 
-from moiety.analysis.measures import mutual_information
+from moiety.analysis.statistics.measures import mutual_information
 from moiety.errors import InputError
 
 CELLS_AT_ONCE = 4_000_000

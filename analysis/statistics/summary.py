@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 
-from moiety.analysis.measures import (
+from moiety.analysis.statistics.measures import (
     Floats,
     load,
     max_violation,
@@ -19,8 +19,8 @@ from moiety.analysis.measures import (
     top_share,
     weight_share,
 )
-from moiety.analysis.permutation import PermutationTest, permutation_test
-from moiety.analysis.trace_file import Header, Trace
+from moiety.analysis.statistics.permutation import PermutationTest, permutation_test
+from moiety.analysis.trace.file import Header, Trace
 from moiety.errors import InputError
 
 

@@ -8,7 +8,7 @@ import numpy
 import pyarrow
 import pyarrow.parquet
 
-from moiety.analysis.trace_file import schema
+from moiety.analysis.trace.file import schema
 
 ROWS_A_GROUP = 65_536
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from moiety.analysis.pieces import Pieces
-from moiety.analysis.trace_file import HEADER, ROUTES, Header, Trace
-from moiety.analysis.trace_writer import RouteWriter
+from moiety.analysis.trace.file import HEADER, ROUTES, Header, Trace
+from moiety.analysis.trace.pieces import Pieces
+from moiety.analysis.trace.writer import RouteWriter
 from moiety.compose.composite import open_composite
 from moiety.errors import InputError
 from moiety.files import check_new_folder, new_folder, write_json
