@@ -69,7 +69,7 @@ def share_figure(summary: RoutingSummary) -> dict[str, Any]:
 def information_figure(summary: RoutingSummary) -> dict[str, Any]:
     """NMI of each layer over the band that 95 % of relabelled documents stay under."""
     layers = list(range(len(summary.header.layers)))
-    nulls = summary.test.layers
+    nulls = summary.nmi.layers
     band = [null.quantile_95 for null in nulls]
     data = [
         _line("95% of permutations below", layers, band, fill="tozeroy", line={"width": 0}),

@@ -157,7 +157,7 @@ def layer_table(summary: RoutingSummary) -> Table:
     """For each layer: information against its null, balance, entropy and own-domain share."""
     owners = [summary.header.domains.index(domain) for domain in summary.own_expert]
     rows = []
-    for layer, null in enumerate(summary.test.layers):
+    for layer, null in enumerate(summary.nmi.layers):
         own_D = summary.own_share_DL[owners, layer]
         own = float(own_D.mean()) if owners else None
         rows.append(
@@ -165,7 +165,7 @@ def layer_table(summary: RoutingSummary) -> Table:
                 str(layer),
                 f"{null.observed:.3f}",
                 f"{null.quantile_95:.3f}",
-                f"{summary.test.adjusted_L[layer]:.3f}",
+                f"{null.adjusted_p:.3f}",
                 number(own, "{:.1%}", "own-domain share"),
                 f"{summary.max_violation_L[layer]:.2f}",
                 f"{summary.entropy_DL[:, layer].mean():.2f}",

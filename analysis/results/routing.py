@@ -29,7 +29,7 @@ class RoutingSummary:
 
     Domains against experts, of the routes that `counted` names (`first`: the expert of most
     weight; `chosen`: every active one): `information` in nats, `nmi` normalised by sqrt(H(E) H(D)),
-    `cramers_v`, and `matching`, the mean share of a domain's routes that goes to the expert that the
+    `cramers_v` (overall: root of the mean square), and `matching`, the mean share of a domain's routes that goes to the expert that the
     best one-to-one matching gives it, `matched_LD` (-1: none left). Domains weigh the same.
     `own_expert` is the expert index of each domain that has one by name, `own_share_DL` the share
     of its tokens that go first to it (NaN without one), `own_share` that share as mean over those
@@ -92,5 +92,5 @@ class RoutingSummary:
         return dict(zip(self.header.domains, self.loss_D.tolist(), strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, with what is most asked for on top; `from_dict` reads it again."""
+        """As JSON; `moiety.analysis.results.from_dict` reads it again."""
         return to_dict(self)

@@ -4,115 +4,77 @@ T tokens, L routed layers, A active experts, E experts, D domains, M documents.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy
+from numpy.typing import NDArray
 
+from moiety.analysis.results.measured import LayerMeasure, Measured
+from moiety.analysis.results.parts import Phase
+from moiety.analysis.results.routing import RoutingSummary
+from moiety.analysis.statistics.cells import cells
+from moiety.analysis.statistics.distances import distances
 from moiety.analysis.statistics.measures import (
     Floats,
+    cramers_v_squared,
+    entropy,
     load,
+    matched,
+    matched_share,
     max_violation,
     mean_by_domain,
     mutual_information,
+    route_counts,
     top_counts,
     top_share,
     weight_share,
 )
-from moiety.analysis.statistics.permutation import PermutationTest, permutation_test
-from moiety.analysis.trace.file import Header, Trace
+from moiety.analysis.statistics.pairs import coactivation, flow
+from moiety.analysis.statistics.resampling import (
+    Documents,
+    Draws,
+    Statistic,
+    measure,
+    smallest_p,
+)
+from moiety.analysis.statistics.sequence import positions, reading_order, repetition
+from moiety.analysis.statistics.vocabulary import vocabulary
+from moiety.analysis.trace.file import PHASES, Header, Trace
 from moiety.errors import InputError
 
-
-@dataclass(frozen=True, kw_only=True)
-class RoutingSummary:
-    """The statistics of one trace; domains, layers and experts in the order of `header`.
-
-    `share_DLE` mean routing weight, `top_share_DLE` share of tokens by top-1 expert, `load_LE`
-    share of all routes, `max_violation_L` its MaxVio, `entropy_DL` mean entropy of the gates in
-    nats, `information_L` nats between domain and top-1 expert, `test` their normalised form
-    against permuted documents, `own_expert` the expert index of each domain that has one,
-    `own_share_DL` share of those domains' tokens whose top-1 expert it is (NaN without one),
-    `loss_D` mean nats per token, `seed` of the permutations.
-    """
-
-    header: Header
-    share_DLE: Floats
-    top_share_DLE: Floats
-    load_LE: Floats
-    max_violation_L: Floats
-    entropy_DL: Floats
-    information_L: Floats
-    test: PermutationTest
-    own_expert: dict[str, int]
-    own_share_DL: Floats
-    loss_D: Floats
-    seed: int
-
-    @property
-    def normalized_mutual_information(self) -> float:
-        """I / sqrt(H(E) H(D)) of domain and top-1 expert, domains equal, mean over layers."""
-        return self.test.overall.observed
-
-    @property
-    def own_domain_share(self) -> dict[str, float]:
-        """Share of each domain's tokens that go first to its expert, mean over layers."""
-        means = self.own_share_DL.mean(1)
-        domains = self.header.domains
-        return {name: float(means[domains.index(name)]) for name in self.own_expert}
-
-    @property
-    def loss(self) -> dict[str, float]:
-        """Mean loss of each domain in nats per token."""
-        return dict(zip(self.header.domains, self.loss_D.tolist(), strict=True))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON: arrays as nested lists, NaN as null."""
-        values = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
-        return {
-            **values,
-            "header": self.header.to_dict(),
-            "normalized_mutual_information": self.normalized_mutual_information,
-            "own_domain_share": self.own_domain_share,
-            "loss": _plain(self.loss),
-        }
+Counted = Literal["first", "chosen"]
 
 
 def summarise(
     trace: Trace,
     own_expert: Mapping[str, str | int] | None = None,
     *,
-    permutations: int = 200,
+    counted: Counted = "first",
+    permutations: int = 999,
+    resamples: int = 999,
     seed: int = 0,
 ) -> RoutingSummary:
     """Compute every statistic of a trace.
 
     `own_expert` maps a domain to its expert's name or index; by default a domain owns the expert
-    of its name, and a domain without one has no own-domain share. Raises InputError when the map
-    names a domain or expert that the trace does not have.
+    of its name, and a domain without one has no own-domain share. `counted` says whether a token
+    counts for its `first` expert only or for all its `chosen` ones where domains are held against
+    experts. Raises InputError when the map names a domain or expert that the trace does not have,
+    or a setting is out of range.
     """
-    header = trace.header
-    domains, experts = len(header.domains), len(header.experts)
-    owners = own_experts(header, own_expert)
-    counts_LDE = top_counts(trace.experts_TLA, trace.domain_T, domains, experts)
-    top_share_DLE = top_share(counts_LDE)
-    load_LE = load(trace.experts_TLA, experts)
-    return RoutingSummary(
-        header=header,
-        share_DLE=weight_share(
-            trace.experts_TLA, trace.weights_TLA, trace.domain_T, domains, experts
-        ),
-        top_share_DLE=top_share_DLE,
-        load_LE=load_LE,
-        max_violation_L=max_violation(load_LE),
-        entropy_DL=_entropies(trace, domains),
-        information_L=mutual_information(counts_LDE)[0],
-        test=_test(trace, permutations, seed),
-        own_expert=owners,
-        own_share_DL=_own_shares(top_share_DLE, header, owners),
-        loss_D=mean_by_domain(trace.loss_T, trace.domain_T, domains),
-        seed=seed,
-    )
+    _check(counted, permutations, resamples)
+    owners = own_experts(trace.header, own_expert)
+    return _Summing(trace, owners, counted, Draws(permutations, resamples, seed)).summary()
+
+
+def _check(counted: str, permutations: int, resamples: int) -> None:
+    if counted not in ("first", "chosen"):
+        raise InputError(f"counted must be first or chosen, but it is {counted!r}")
+    for name, value in (("permutations", permutations), ("resamples", resamples)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, but it is {value}")
 
 
 def own_experts(header: Header, own_expert: Mapping[str, str | int] | None) -> dict[str, int]:
@@ -137,40 +99,167 @@ def _expert_index(header: Header, expert: str | int) -> int:
     )
 
 
-def _own_shares(top_share_DLE: Floats, header: Header, owners: Mapping[str, int]) -> Floats:
-    own_DL = numpy.full(top_share_DLE.shape[:2], numpy.nan)
-    for domain, expert in owners.items():
-        row = header.domains.index(domain)
-        own_DL[row] = top_share_DLE[row, :, expert]
-    return own_DL
+@dataclass(frozen=True)
+class _Summing:
+    """One trace on its way to its summary."""
+
+    trace: Trace
+    owners: dict[str, int]
+    counted: Counted
+    draws: Draws
+
+    @cached_property
+    def first_LT(self) -> NDArray[numpy.int16]:
+        return numpy.ascontiguousarray(self.trace.experts_TLA[:, :, 0].T)
+
+    @cached_property
+    def document_T(self) -> NDArray[numpy.intp]:
+        return numpy.unique(self.trace.document_T, return_inverse=True)[1]
+
+    @cached_property
+    def documents(self) -> Documents:
+        trace = self.trace
+        _, first_M = numpy.unique(trace.document_T, return_index=True)
+        experts_TLA = trace.experts_TLA if self.counted == "chosen" else self.first_LT.T[..., None]
+        counts_LME = route_counts(
+            experts_TLA, self.document_T, len(first_M), len(trace.header.experts)
+        )
+        return Documents(counts_LME, trace.domain_T[first_M], len(trace.header.domains))
+
+    @cached_property
+    def domain_shares(self) -> Floats:
+        trace, documents = self.trace, self.documents
+        counts_LDE = top_counts(
+            trace.experts_TLA, trace.domain_T, documents.domains, len(trace.header.experts)
+        )
+        return top_share(counts_LDE)
+
+    def summary(self) -> RoutingSummary:
+        header, documents, draws = self.trace.header, self.documents, self.draws
+        measures = self._measures()
+        [whole_LDE] = next(documents.relabelled(documents.domain_M[None]))
+        experts_LAT = numpy.ascontiguousarray(self.trace.experts_TLA.transpose(1, 2, 0))
+        return RoutingSummary(
+            header=header,
+            counted=self.counted,
+            permutations=draws.permutations,
+            resamples=draws.resamples,
+            seed=draws.seed,
+            smallest_p=smallest_p(documents.domain_M, draws.permutations),
+            **self._shares(),
+            information=measures["information"],
+            nmi=measures["nmi"],
+            cramers_v=_rooted(measures["cramers_v"]),
+            matching=measures["matching"],
+            matched_LD=matched(whole_LDE),
+            own_expert=self.owners,
+            own_share=measures.get("own_share"),
+            cells=cells(documents, draws),
+            distances=distances(documents, draws.seed),
+            coactivation=coactivation(experts_LAT, len(header.experts)),
+            flow=flow(self.first_LT, self.document_T, len(header.experts), draws.seed),
+            vocabulary=vocabulary(
+                self.first_LT,
+                self.trace.token_id_T,
+                self.document_T,
+                documents,
+                measures["information"],
+                draws,
+            ),
+            **self._along_the_text(),
+            phases=self._phases(),
+        )
+
+    def _measures(self) -> dict[str, LayerMeasure]:
+        statistics: dict[str, Statistic] = {
+            "information": lambda table: mutual_information(table)[0],
+            "nmi": lambda table: mutual_information(table)[1],
+            "cramers_v": cramers_v_squared,
+            "matching": matched_share,
+        }
+        if self.owners:
+            domains = [self.trace.header.domains.index(name) for name in self.owners]
+            statistics["own_share"] = _own_share(domains, list(self.owners.values()))
+        return measure(self.documents, statistics, self.draws)
+
+    def _shares(self) -> dict[str, Any]:
+        trace, header = self.trace, self.trace.header
+        domains, experts = len(header.domains), len(header.experts)
+        chosen_LDE = route_counts(trace.experts_TLA, trace.domain_T, domains, experts)
+        load_LE = load(trace.experts_TLA, experts)
+        entropies = [mean_by_domain(one_T, trace.domain_T, domains) for one_T in trace.entropy_TL.T]
+        own_DL = numpy.full((domains, len(header.layers)), numpy.nan)
+        for name, expert in self.owners.items():
+            row = header.domains.index(name)
+            own_DL[row] = self.domain_shares[row, :, expert]
+        return {
+            "share_DLE": weight_share(
+                trace.experts_TLA, trace.weights_TLA, trace.domain_T, domains, experts
+            ),
+            "top_share_DLE": self.domain_shares,
+            "chosen_share_DLE": top_share(chosen_LDE) * header.active,
+            "load_LE": load_LE,
+            "max_violation_L": max_violation(load_LE),
+            "load_entropy_L": entropy(load_LE) / max(numpy.log(experts), 1e-12),
+            "entropy_DL": numpy.stack(entropies, 1),
+            "loss_D": mean_by_domain(trace.loss_T, trace.domain_T, domains),
+            "own_share_DL": own_DL,
+        }
+
+    def _along_the_text(self) -> dict[str, Any]:
+        trace = self.trace
+        order_T, start_W = reading_order(trace)
+        own_D = numpy.full(len(trace.header.domains), -1)
+        for name, expert in self.owners.items():
+            own_D[trace.header.domains.index(name)] = expert
+        own_T = own_D[trace.domain_T]
+        return {
+            "repetition": repetition(self.first_LT, trace, order_T, start_W, self.documents),
+            "positions": positions(self.first_LT, trace, order_T, start_W, own_T, self.draws.seed),
+        }
+
+    def _phases(self) -> dict[str, Phase]:
+        trace, experts = self.trace, len(self.trace.header.experts)
+        counts_LPE = route_counts(trace.experts_TLA, trace.phase_T, len(PHASES), experts)
+        tokens_P = numpy.bincount(trace.phase_T, minlength=len(PHASES))
+        return {
+            name: Phase(
+                tokens=int(tokens_P[code]),
+                share_LE=counts_LPE[:, code] / (tokens_P[code] * trace.header.active),
+                lit_L=(counts_LPE[:, code] > 0).sum(1),
+            )
+            for code, name in enumerate(PHASES)
+            if tokens_P[code]
+        }
 
 
-def _entropies(trace: Trace, domains: int) -> Floats:
-    layers = [
-        mean_by_domain(entropy_T, trace.domain_T, domains) for entropy_T in trace.entropy_TL.T
-    ]
-    return numpy.stack(layers, axis=1)
+def _own_share(domains: list[int], experts: list[int]) -> Statistic:
+    def statistic(table_PLDE: Floats) -> Floats:
+        own_PLN = table_PLDE[:, :, domains, experts]
+        totals_PLN = table_PLDE.sum(-1)[:, :, domains]
+        return (own_PLN / numpy.maximum(totals_PLN, 1)).mean(-1)
+
+    return statistic
 
 
-def _test(trace: Trace, permutations: int, seed: int) -> PermutationTest:
-    _, first_M, document_T = numpy.unique(trace.document_T, return_index=True, return_inverse=True)
-    counts_LME = top_counts(trace.experts_TLA, document_T, len(first_M), len(trace.header.experts))
-    return permutation_test(
-        counts_LME,
-        trace.domain_T[first_M],
-        len(trace.header.domains),
-        permutations=permutations,
-        seed=seed,
+def _rooted(squared: LayerMeasure) -> LayerMeasure:
+    """Cramer's V from its square, corrected before the root is taken; below 0 counts as 0."""
+
+    def root(value: float) -> float:
+        return float(numpy.sqrt(max(value, 0.0)))
+
+    def one(measured: Measured) -> Measured:
+        return Measured(
+            observed=root(measured.observed),
+            corrected=root(measured.corrected),
+            low=root(measured.low),
+            high=root(measured.high),
+            mean=root(measured.mean),
+            quantile_95=root(measured.quantile_95),
+            p_value=measured.p_value,
+            adjusted_p=measured.adjusted_p,
+        )
+
+    return LayerMeasure(
+        overall=one(squared.overall), layers=tuple(one(layer) for layer in squared.layers)
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, numpy.ndarray):
-        return _plain(value.tolist())
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not numpy.isfinite(value) else value

@@ -114,7 +114,7 @@ def test_headline_says_what_the_numbers_say(plant: Any) -> None:
     summary = summarise(Trace.open(plant()))
     assert verdict(summary) == "Experts specialise strongly by domain"
     text = " ".join(findings(summary, RESULTS))
-    assert "p = 0.005" in text
+    assert "p = 0.001" in text
     assert "75% of the gap" in text
     assert "55% of the 2 GB" in text
     assert [value for value, _ in key_figures(summary, RESULTS)] == ["1.00", "100%", "1.750", "55%"]
