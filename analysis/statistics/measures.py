@@ -30,10 +30,10 @@ def weight_share(
     share_LDE = numpy.zeros((layers, domains, experts))
     offset_T = domain_T.astype(numpy.int64) * experts
     for layer in range(layers):
-        scaled_TA = token_shares(weights_TLA[:, layer])
+        scaled_AT = _token_shares(numpy.ascontiguousarray(weights_TLA[:, layer].T))
         for rank in range(active):
             cell_T = offset_T + experts_TLA[:, layer, rank]
-            sums = numpy.bincount(cell_T, weights=scaled_TA[:, rank], minlength=cells)
+            sums = numpy.bincount(cell_T, weights=scaled_AT[rank], minlength=cells)
             share_LDE[layer] += sums.reshape(domains, experts)
     tokens_D = numpy.bincount(domain_T, minlength=domains) if tokens else numpy.zeros(domains)
     return (share_LDE / numpy.maximum(tokens_D, 1)[:, None]).transpose(1, 0, 2)
@@ -41,11 +41,16 @@ def weight_share(
 
 def token_shares(weights_TA: NDArray[numpy.floating]) -> Floats:
     """Scale the active weights of each token to sum to 1; equal shares where all are 0."""
-    total_T = weights_TA.sum(-1, keepdims=True, dtype=numpy.float64)
-    equal = 1 / weights_TA.shape[-1]
-    return numpy.divide(
-        weights_TA, total_T, out=numpy.full(weights_TA.shape, equal), where=total_T > 0
-    )
+    return _token_shares(weights_TA.T).T
+
+
+def _token_shares(weights_AT: NDArray[numpy.floating]) -> Floats:
+    total_T = weights_AT.sum(0, dtype=numpy.float64)
+    none_T = total_T <= 0
+    shares_AT = weights_AT / numpy.where(none_T, 1, total_T)
+    if none_T.any():
+        shares_AT[:, none_T] = 1 / len(weights_AT)
+    return shares_AT
 
 
 def top_counts(
@@ -173,6 +178,8 @@ def table_information(counts_XY: NDArray[numpy.number]) -> Floats:
 def mean_by_domain(values_T: NDArray[numpy.floating], domain_T: Integers, domains: int) -> Floats:
     """Mean of each domain's values, NaN left out; NaN for a domain that has none: (D,)."""
     known_T = numpy.isfinite(values_T)
-    sums_D = numpy.bincount(domain_T[known_T], weights=values_T[known_T], minlength=domains)
-    counts_D = numpy.bincount(domain_T[known_T], minlength=domains)
+    if not known_T.all():
+        values_T, domain_T = values_T[known_T], domain_T[known_T]
+    sums_D = numpy.bincount(domain_T, weights=values_T, minlength=domains)
+    counts_D = numpy.bincount(domain_T, minlength=domains)
     return numpy.where(counts_D > 0, sums_D / numpy.maximum(counts_D, 1), numpy.nan)

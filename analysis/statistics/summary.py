@@ -163,7 +163,6 @@ class _Summing:
                 self.trace.token_id_T,
                 self.document_T,
                 documents,
-                measures["information"],
                 draws,
             ),
             **self._along_the_text(),

@@ -3,35 +3,35 @@
 T tokens, V token types, L routed layers, E experts, D domains, M documents, P permutations.
 """
 
+from dataclasses import dataclass
+
 import numpy
 from numpy.typing import NDArray
+from scipy.special import entr, xlogy
 from scipy.stats import false_discovery_control
 
-from moiety.analysis.results.measured import LayerMeasure, Measured
+from moiety.analysis.results.measured import Measured
 from moiety.analysis.results.parts import Vocabulary
 from moiety.analysis.statistics.measures import Floats
 from moiety.analysis.statistics.resampling import Documents, Draws, p_values
 
 Codes = NDArray[numpy.integer]
 SHUFFLES = 2
-MOST_TOKENS = 250_000
+MOST_TOKENS = 200_000
 MOST_PERMUTATIONS = 49
+REFERENCE_PERMUTATIONS = 5
 LEAST_INFORMATION = 1e-6
 
 
 def vocabulary(
-    first_LT: Codes,
-    token_T: Codes,
-    document_T: Codes,
-    documents: Documents,
-    information: LayerMeasure,
-    draws: Draws,
+    first_LT: Codes, token_T: Codes, document_T: Codes, documents: Documents, draws: Draws
 ) -> Vocabulary:
     """Vocabulary specialisation over its shuffled null, and I(expert; domain | token).
 
-    `token_T` are token ids, `document_T` rows of `documents`, `information` that of expert and
-    domain alone. The conditional information is that of at most MOST_TOKENS tokens, whole
-    documents of every domain, and of types that occur in several documents.
+    `token_T` are token ids, `document_T` rows of `documents`. The conditional information is that
+    of at most about MOST_TOKENS tokens, whole documents of every domain, and of types that occur
+    in several documents; what token identity explains is held against the same tokens with their
+    types shuffled, for which the estimate errs alike.
     """
     experts = documents.counts_LME.shape[2]
     _, type_T = numpy.unique(token_T, return_inverse=True)
@@ -44,10 +44,9 @@ def vocabulary(
         ]
         for _ in range(SHUFFLES)
     ]
-    conditional_LP, shared = _conditional(first_LT, type_T, document_T, documents, draws)
+    tokens, shared = _informative(type_T, document_T, documents, draws.seed)
+    conditional_LP = tokens.conditional(first_LT, documents, draws)
     overall = _against_null(conditional_LP.mean(0)[None])[0]
-    known = information.overall.corrected
-    explained = 1 - overall.corrected / known if known > LEAST_INFORMATION else numpy.nan
     return Vocabulary(
         specialisation_L=numpy.array(
             [_specialisation(first_T, type_T, types, experts) for first_T in first_LT]
@@ -55,7 +54,7 @@ def vocabulary(
         shuffled_L=numpy.array(shuffled_RL).mean(0),
         conditional=overall,
         conditional_L=_against_null(conditional_LP),
-        explained=explained,
+        explained=_explained(overall.corrected, tokens, first_LT, documents, draws),
         types=types,
         shared=shared,
     )
@@ -67,24 +66,54 @@ def _specialisation(first_T: Codes, type_T: Codes, types: int, experts: int) -> 
     return float((table_VE.max(1) / table_VE.sum(1)).mean())
 
 
-def _conditional(
-    first_LT: Codes, type_T: Codes, document_T: Codes, documents: Documents, draws: Draws
-) -> tuple[Floats, int]:
-    """I(expert; domain | type) of every layer: observed, then permuted (L, 1 + P)."""
-    kept_M = _sampled(document_T, documents, draws.seed)
-    rows_T = numpy.flatnonzero(kept_M[document_T])
-    rows_T, shared = _in_several(rows_T, type_T, document_T)
-    if not len(rows_T):
-        return numpy.zeros((len(first_LT), 2)), 0
-    _, type_T = numpy.unique(type_T[rows_T], return_inverse=True)
-    document_T = document_T[rows_T]
-    permutations = min(draws.permutations, MOST_PERMUTATIONS)
-    label_PM = Draws(permutations, 0, draws.seed).labels(documents.domain_M)
-    first_LT = first_LT[:, rows_T]
-    columns = [
-        _information(first_LT, type_T, label_M[document_T], documents) for label_M in label_PM
-    ]
-    return numpy.stack(columns, 1), shared
+def _explained(
+    known: float, tokens: "_Tokens", first_LT: Codes, documents: Documents, draws: Draws
+) -> float:
+    """1 - information given the token / information given a token's type drawn at random."""
+    few = Draws(min(draws.permutations, REFERENCE_PERMUTATIONS), 0, draws.seed)
+    reference_P = tokens.shuffled(draws.seed).conditional(first_LT, documents, few).mean(0)
+    reference = float(reference_P[0] - reference_P[1:].mean())
+    return 1 - known / reference if reference > LEAST_INFORMATION else numpy.nan
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Rows of a trace with their types, numbered from 0, and their documents."""
+
+    rows_T: Codes
+    type_T: Codes
+    document_T: Codes
+
+    def shuffled(self, seed: int) -> "_Tokens":
+        """The same tokens with their types dealt out again."""
+        generator = numpy.random.default_rng((seed, 8))
+        return _Tokens(self.rows_T, generator.permutation(self.type_T), self.document_T)
+
+    def conditional(self, first_LT: Codes, documents: Documents, draws: Draws) -> Floats:
+        """I(expert; domain | type) of every layer: observed, then permuted (L, 1 + P)."""
+        permutations = min(draws.permutations, MOST_PERMUTATIONS)
+        if not len(self.rows_T):
+            return numpy.zeros((len(first_LT), 1 + permutations))
+        label_PM = Draws(permutations, 0, draws.seed).labels(documents.domain_M)
+        chosen_LT = first_LT[:, self.rows_T]
+        columns = [
+            _information(chosen_LT, self.type_T, label_M[self.document_T], documents)
+            for label_M in label_PM
+        ]
+        return numpy.stack(columns, 1)
+
+
+def _informative(
+    type_T: Codes, document_T: Codes, documents: Documents, seed: int
+) -> tuple[_Tokens, int]:
+    """The tokens that can tell something, and how many types they are of."""
+    rows_T = numpy.flatnonzero(_sampled(document_T, documents, seed)[document_T])
+    size = int(document_T.max()) + 1
+    pairs = numpy.unique(type_T[rows_T].astype(numpy.int64) * size + document_T[rows_T])
+    several_V = numpy.bincount(pairs // size, minlength=int(type_T.max()) + 1) > 1
+    rows_T = rows_T[several_V[type_T[rows_T]]]
+    types_T = numpy.unique(type_T[rows_T], return_inverse=True)[1]
+    return _Tokens(rows_T, types_T, document_T[rows_T]), int(several_V.sum())
 
 
 def _sampled(document_T: Codes, documents: Documents, seed: int) -> NDArray[numpy.bool_]:
@@ -99,37 +128,33 @@ def _sampled(document_T: Codes, documents: Documents, seed: int) -> NDArray[nump
     return kept_M
 
 
-def _in_several(rows_T: Codes, type_T: Codes, document_T: Codes) -> tuple[Codes, int]:
-    """The rows whose token type occurs in more than one document: others tell nothing here."""
-    documents = int(document_T.max()) + 1
-    pairs = numpy.unique(type_T[rows_T].astype(numpy.int64) * documents + document_T[rows_T])
-    several_V = numpy.bincount(pairs // documents, minlength=int(type_T.max()) + 1) > 1
-    return rows_T[several_V[type_T[rows_T]]], int(several_V.sum())
-
-
 def _information(first_LT: Codes, type_T: Codes, domain_T: Codes, documents: Documents) -> Floats:
-    """Nats of I(E; D | V) = H(V, D) + H(V, E) - H(V) - H(V, D, E), domains weighing equally."""
+    """Nats of I(E; D | V) = H(V, D) + H(V, E) - H(V) - H(V, D, E), domains weighing equally.
+
+    Entropies of weighted counts: c tokens of weight w have -c w log(c w), and c log c is looked up.
+    """
     domains, experts = documents.domains, documents.counts_LME.shape[2]
-    tokens_D = numpy.bincount(domain_T, minlength=domains)
-    present = int((tokens_D > 0).sum())
-    weight_T = (1 / (present * numpy.maximum(tokens_D, 1)))[domain_T]
     types = int(type_T.max()) + 1
-    both_T = (type_T * domains + domain_T) * experts
-    both_VD = numpy.bincount(both_T // experts, weights=weight_T, minlength=types * domains)
-    known = _entropy(both_VD) - _entropy(both_VD.reshape(types, domains).sum(1))
+    tokens_D = numpy.bincount(domain_T, minlength=domains)
+    weight_D = 1 / (numpy.count_nonzero(tokens_D) * numpy.maximum(tokens_D, 1))
+    both_T = domain_T.astype(numpy.int64) * types + type_T
+    count_DV = numpy.bincount(both_T, minlength=domains * types).reshape(domains, types)
+    counts = numpy.arange(int(count_DV.max()) + 1)
+    terms = xlogy(counts, counts)
+    known = _entropy(count_DV, weight_D, terms) - entr(weight_D @ count_DV).sum()
     found = []
     for first_T in first_LT:
-        all_VDE = numpy.bincount(
-            both_T + first_T, weights=weight_T, minlength=types * domains * experts
-        )
-        tokens_VE = all_VDE.reshape(types, domains, experts).sum(1)
-        found.append(known + _entropy(tokens_VE) - _entropy(all_VDE))
+        cells = numpy.bincount(both_T * experts + first_T, minlength=domains * types * experts)
+        cells_DC = cells.reshape(domains, types * experts)
+        mixed = entr(weight_D @ cells_DC).sum()
+        found.append(known + mixed - _entropy(cells_DC, weight_D, terms))
     return numpy.maximum(found, 0)
 
 
-def _entropy(mass: Floats) -> float:
-    held = mass[mass > 0]
-    return float(-(held * numpy.log(held)).sum())
+def _entropy(count_DC: Codes, weight_D: Floats, terms: Floats) -> float:
+    """Nats of all cells, each row's tokens of one weight."""
+    tokens_D = count_DC.sum(1)
+    return float(-(weight_D * (terms[count_DC].sum(1) + tokens_D * numpy.log(weight_D))).sum())
 
 
 def _against_null(value_LP: Floats) -> tuple[Measured, ...]:
