@@ -66,7 +66,7 @@ class Forward:
                 attention_mask=mask_WC.to(self._device),
                 use_cache=False,
             ).logits
-        check_routes(routes, self._gates, ids_WC.numel())
+        routes = in_order(routes, self._gates, ids_WC.numel())
         kept_WC = mask_WC.bool()
         losses_WC = token_losses(logits_WCV, ids_WC, kept_WC).cpu()
         losses_WC[:, 0] = torch.nan
@@ -75,8 +75,12 @@ class Forward:
         return tokens, [layer_routes(route) for route in routes]
 
 
-def check_routes(routes: Sequence[Route], gates: Sequence[Gate], tokens: int) -> None:
-    """Raise InputError unless each gate routed every token of a forward pass once."""
+def in_order(routes: Sequence[Route], gates: Sequence[Gate], tokens: int) -> list[Route]:
+    """Routes of one forward pass in the order of the gates.
+
+    Raises InputError unless each gate routed every token once.
+    """
+    routes = sorted(routes, key=lambda route: route.layer)
     if [route.layer for route in routes] != [gate.layer for gate in gates] or any(
         route.experts_TA.shape[0] != tokens for route in routes
     ):
@@ -85,6 +89,7 @@ def check_routes(routes: Sequence[Route], gates: Sequence[Gate], tokens: int) ->
             f"but layers {[route.layer for route in routes]} were seen; "
             "pass a model that runs all its layers on one process"
         )
+    return routes
 
 
 def layer_routes(route: Route) -> LayerRoutes:

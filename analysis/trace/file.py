@@ -113,17 +113,25 @@ class Trace:
         _check(trace, path)
         return trace
 
-    def select(self, kept_T: NDArray[numpy.bool_]) -> "Trace":
-        """The rows that a mask chooses, for instance one phase; domains without any stay named."""
-        counts = numpy.bincount(self.domain_T[kept_T], minlength=len(self.header.domains))
+    def rows(self, rows: NDArray[numpy.intp]) -> "Trace":
+        """The trace of some rows, in that order; domains without any stay named."""
+        counts = numpy.bincount(self.domain_T[rows], minlength=len(self.header.domains))
         columns = {
-            column.name: getattr(self, column.name)[kept_T]
+            column.name: getattr(self, column.name)[rows]
             for column in fields(self)
             if column.name not in ("header", "text_T")
         }
         tokens = dict(zip(self.header.domains, counts.tolist(), strict=True))
-        text_T = self.text_T.filter(pyarrow.array(kept_T))
+        text_T = self.text_T.take(pyarrow.array(rows))
         return Trace(header=replace(self.header, tokens=tokens), text_T=text_T, **columns)
+
+    def phase(self, name: str) -> "Trace":
+        """The rows of one phase, `prefill` or `decode`; InputError when there are none."""
+        if name not in PHASES or not (self.phase_T == PHASES.index(name)).any():
+            raise InputError(
+                f"expected rows of a phase of {PHASES}, but there are none of {name!r}"
+            )
+        return self.rows(numpy.flatnonzero(self.phase_T == PHASES.index(name)))
 
     def texts(self, rows: NDArray[numpy.intp]) -> list[str]:
         """The text pieces of some rows."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moiety.analysis.trace.columns import LayerRoutes, Tokens, check_routes, layer_routes
+from moiety.analysis.trace.columns import LayerRoutes, Tokens, in_order, layer_routes
 from moiety.routers import Gate, Route, watched
 from moiety.text import Windows
 
@@ -72,9 +72,8 @@ class Generation:
     def _joined(self, routes: Sequence[Route], windows: int) -> list[LayerRoutes]:
         """Each gate's routes of all passes, in the order of windows, then tokens."""
         count = len(self._gates)
-        passes = [routes[start : start + count] for start in range(0, len(routes), count)]
-        for one in passes:
-            check_routes(one, self._gates, len(one[0].experts_TA))
+        calls = (routes[start : start + count] for start in range(0, len(routes), count))
+        passes = [in_order(call, self._gates, len(call[0].experts_TA)) for call in calls]
         every = [[layer_routes(one[at]) for one in passes] for at in range(count)]
         return [
             LayerRoutes(

@@ -89,6 +89,10 @@ def trace(
     out: Annotated[Path, typer.Option(help="New folder for the trace.")],
     windows: Annotated[int, typer.Option(help="Windows a domain.", min=1)] = 64,
     context_length: Context = 512,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 8,
+    new_tokens: Annotated[
+        int, typer.Option(help="Also write so many tokens after each window, and trace them.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Record which experts every token of labelled text went to."""
@@ -103,6 +107,8 @@ def trace(
         out,
         context_length=context_length,
         windows=windows,
+        batch_size=batch_size,
+        new_tokens=new_tokens,
         progress=ConsoleProgress(),
     )
     summary = summarise(Trace.open(folder))
