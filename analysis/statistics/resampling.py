@@ -82,13 +82,19 @@ class Draws:
         return numpy.stack([domain_M, *permuted])
 
     def weights(self, domain_M: NDArray[numpy.integer]) -> Floats:
-        """How often each document is drawn when every domain's are drawn with replacement."""
+        """How often each document counts when every domain's are drawn with replacement.
+
+        One fewer is drawn than there are, and each draw counts for n / (n - 1): so the variance of
+        a mean has no bias (Rao and Wu 1988).
+        """
         generator = numpy.random.default_rng((self.seed, 1))
         weight_PM = numpy.zeros((self.resamples, len(domain_M)))
         for domain in numpy.unique(domain_M):
             own = numpy.flatnonzero(domain_M == domain)
             even = numpy.full(len(own), 1 / len(own))
-            weight_PM[:, own] = generator.multinomial(len(own), even, self.resamples)
+            drawn = max(len(own) - 1, 1)
+            counts = generator.multinomial(drawn, even, self.resamples)
+            weight_PM[:, own] = counts * len(own) / drawn
         return weight_PM
 
 

@@ -74,7 +74,7 @@ def test_result_agrees_with_plain_passes(composite: Composite, data: dict[str, W
     settings = Settings(tokens=2, resamples=50)
     result = counterfactuals_of(composite, data, settings)
     gates = find_gates(composite.model)
-    for at, domain in enumerate(data):
+    for domain in data:
         learned = score(composite.model, data[domain]).loss
         assert result.learned[domain].value == pytest.approx(learned, abs=1e-5)
     if "Mixtral" in type(composite.model).__name__:
