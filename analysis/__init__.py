@@ -6,7 +6,7 @@ from moiety.analysis.evaluate import evaluate
 from moiety.analysis.report import report
 from moiety.analysis.retention import retention
 from moiety.analysis.statistics import summarise
-from moiety.analysis.trace import Trace, trace
+from moiety.analysis.trace import Trace, import_routes, trace
 
 __all__ = [
     "Trace",
@@ -14,6 +14,7 @@ __all__ = [
     "counterfactuals",
     "evaluate",
     "gate_swap",
+    "import_routes",
     "report",
     "retention",
     "summarise",

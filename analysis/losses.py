@@ -85,8 +85,9 @@ class LabelledWindows:
 
     def by_document(self, loss_N: Floats) -> Floats:
         """Nats of each document (M,)."""
-        tokens = len(self.documents.tokens_M)
-        return numpy.bincount(self.document_N, weights=loss_N, minlength=tokens)
+        documents = len(self.documents.tokens_M)
+        sums_M = numpy.bincount(self.document_N, weights=loss_N, minlength=documents)
+        return sums_M.astype(numpy.float64)
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ class LossDocuments:
     """
 
     domains: tuple[str, ...]
-    domain_M: NDArray[numpy.int64]
-    tokens_M: NDArray[numpy.int64]
+    domain_M: NDArray[numpy.integer]
+    tokens_M: NDArray[numpy.integer]
     resamples: int = 999
     permutations: int = 999
     seed: int = 0

@@ -49,7 +49,6 @@ def model(layers: int) -> Qwen3MoeForCausalLM:
         num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=2,
-        head_dim=64,
         num_experts=16,
         num_experts_per_tok=2,
     )

@@ -202,4 +202,4 @@ def _intervals(trace: Trace, value_T: NDArray[Any], resamples: int, seed: int) -
     sums_M = numpy.bincount(
         document_T[known_T], weights=value_T[known_T].astype(float), minlength=len(first_M)
     )
-    return documents.by_domain(sums_M)
+    return documents.by_domain(sums_M.astype(numpy.float64))

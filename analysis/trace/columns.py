@@ -94,11 +94,13 @@ def in_order(routes: Sequence[Route], gates: Sequence[Gate], tokens: int) -> lis
 
 def layer_routes(route: Route) -> LayerRoutes:
     """A gate's routes on the CPU, sorted by weight."""
-    weights_TA, order_TA = route.weights_TA.float().sort(stable=True, dim=-1, descending=True)
-    experts_TA = route.experts_TA.gather(-1, order_TA).to(torch.int16)
+    weights_TA, experts_TA = route.weights_TA.float(), route.experts_TA
+    if bool((weights_TA.diff(dim=-1) > 0).any()):
+        weights_TA, order_TA = weights_TA.sort(stable=True, dim=-1, descending=True)
+        experts_TA = experts_TA.gather(-1, order_TA)
     logs_TE = route.logits_TE.float().log_softmax(-1)
     entropy_T = torch.special.entr(logs_TE.exp()).sum(-1)
-    return LayerRoutes(weights_TA.cpu(), experts_TA.cpu(), entropy_T.cpu())
+    return LayerRoutes(weights_TA.cpu(), experts_TA.to(torch.int16).cpu(), entropy_T.cpu())
 
 
 def to_columns(

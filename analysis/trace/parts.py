@@ -23,11 +23,13 @@ class Parts:
     """Finished batches of a trace in a folder, each part a Parquet file of some of them.
 
     `done` batches are there already. `key` says what is traced: parts of another key are removed.
+    Without one nothing will go on from here, so nothing is flushed to the disk.
     """
 
     def __init__(self, folder: Path, key: Any) -> None:
         self.folder = folder
         self._key = {"trace": key}
+        self._lasting = key is not None
         self._prepare()
         self._files = _contiguous(folder)
         self.done = self._files[-1][1] if self._files else 0
@@ -37,7 +39,8 @@ class Parts:
             shutil.rmtree(self.folder)
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True)
-            write_json(self.folder / KEY, self._key)
+            if self._lasting:
+                write_json(self.folder / KEY, self._key)
 
     def extend(self, batches: Iterator[tuple[str, dict[str, Any]]]) -> None:
         """Write more batches, `(domain, columns)` each, the first of them number `done`."""
@@ -63,9 +66,11 @@ class Parts:
             yield writer, stops.append
         if stops and stops[0] > start:
             final = self.folder / f"{start:08d}-{stops[0]:08d}.parquet"
-            sync(scratch)
+            if self._lasting:
+                sync(scratch)
             scratch.rename(final)
-            sync(self.folder)
+            if self._lasting:
+                sync(self.folder)
             self._files.append((start, stops[0], final))
 
     def join(self, path: Path, layers: int) -> tuple[Counter[str], int]:

@@ -59,7 +59,7 @@ def make_trace(
     sizes = numpy.bincount(domain_T, minlength=experts)
     documents = [len(numpy.unique(document_T[domain_T == d])) for d in range(experts)]
     routes_TLA = numpy.stack([first_TL, (first_TL + 1) % experts], -1).astype(numpy.int16)
-    weights_TLA = numpy.broadcast_to(numpy.float32([0.75, 0.25]), routes_TLA.shape)
+    weights_TLA = numpy.broadcast_to(numpy.array([0.75, 0.25], numpy.float32), routes_TLA.shape)
     loss_T = numpy.linspace(1, 2, len(document_T), dtype=numpy.float32)
     return Trace(
         header=Header(
