@@ -3,6 +3,7 @@
 from moiety.analysis.comparison import compare, gate_swap
 from moiety.analysis.counterfactuals import counterfactuals
 from moiety.analysis.evaluate import evaluate
+from moiety.analysis.planner import plan
 from moiety.analysis.report import report
 from moiety.analysis.retention import retention
 from moiety.analysis.statistics import summarise
