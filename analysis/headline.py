@@ -6,6 +6,7 @@ Every sentence carries its numbers, and says so when the evidence is not there.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moiety.analysis.reporting.words import measured
 from moiety.analysis.statistics import RoutingSummary
 from moiety.analysis.tables import mean_over, section, size
 from moiety.analysis.visible import visible_line
@@ -68,8 +69,10 @@ def _evidence(summary: RoutingSummary) -> str:
         return ""
     null = summary.nmi.overall
     documents = sum(summary.header.documents.values())
+    corrected = "" if null.corrected != null.corrected else f", corrected for bias {measured(null)}"
     sentence = (
-        f"Top-1 expert and domain share a normalised mutual information of {null.observed:.3f}. "
+        f"Top-1 expert and domain share a normalised mutual information of {null.observed:.3f}"
+        f"{corrected}. "
         f"Relabelling the {documents:,} documents at random gives {null.mean:.3f} on average and "
         f"at most {null.quantile_95:.3f} in 95% of {summary.permutations:,} permutations "
         f"(p = {null.p_value:.2g})."
@@ -85,8 +88,14 @@ def _own_domain(summary: RoutingSummary) -> str:
         return "No domain has an expert of its name, so there is no own-domain share to report."
     mean = sum(own.values()) / len(own)
     low, high = min(own, key=own.__getitem__), max(own, key=own.__getitem__)
+    share = f"{mean:.0%}"
+    if (
+        summary.own_share is not None
+        and summary.own_share.overall.low == summary.own_share.overall.low
+    ):
+        share = measured(summary.own_share.overall, "{:.0%}")
     sentence = (
-        f"A token goes first to its own domain's expert {mean:.0%} of the time; "
+        f"A token goes first to its own domain's expert {share} of the time; "
         f"chance is {1 / len(summary.header.experts):.0%}."
     )
     if low != high:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from rich.table import Table as RichTable
@@ -61,6 +62,16 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+
+    def _repr_html_(self) -> str:
+        """For a notebook, escaped, without scripts."""
+        head = "".join(f"<th>{escape(visible_line(name))}</th>" for name in self.columns)
+        rows = "".join(
+            f"<tr>{''.join(f'<td>{escape(visible_line(cell))}</td>' for cell in row)}</tr>"
+            for row in self.rows
+        )
+        title, note = escape(visible_line(self.title)), escape(visible_line(self.note))
+        return f"<table><caption>{title}</caption><tr>{head}</tr>{rows}</table><p>{note}</p>"
 
     def to_rich(self) -> RichTable:
         """For a terminal: numbers to the right, markup and control characters shown as text."""

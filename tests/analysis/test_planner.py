@@ -126,7 +126,7 @@ def test_longest_context_is_the_last_that_fits(qwen_32b: Path) -> None:
 
 
 def test_packed_mixture_is_counted_from_its_headers(tmp_path: Path) -> None:
-    model = tiny_mixtral(hidden_size=64, intermediate_size=128).to(torch.bfloat16)
+    model = tiny_mixtral(hidden_size=64, intermediate_size=128).bfloat16()
     folder = write_packed(model, tmp_path, EXPERTS, "2:4", "int8")
     found, dense = plan(folder, gpu="1GB", batch=2), plan(tmp_path / "dense")
     assert found.use.weights == stored_bytes(Checkpoint(folder))
@@ -143,7 +143,7 @@ def test_packed_mixture_is_counted_from_its_headers(tmp_path: Path) -> None:
 
 
 def test_configuration_alone_counts_as_the_saved_model(tmp_path: Path) -> None:
-    model = tiny_mixtral().to(torch.bfloat16)
+    model = tiny_mixtral().bfloat16()
     model.save_pretrained(tmp_path / "whole")
     config = AutoConfig.from_pretrained(tmp_path / "whole")
     config.save_pretrained(tmp_path / "config")
@@ -153,7 +153,7 @@ def test_configuration_alone_counts_as_the_saved_model(tmp_path: Path) -> None:
 
 
 def test_most_experts_fill_the_card(tmp_path: Path) -> None:
-    model = tiny_mixtral().to(torch.bfloat16)
+    model = tiny_mixtral().bfloat16()
     model.save_pretrained(tmp_path)
     stock = take_stock(tmp_path)
     one = stock.bytes_of_expert(None)
