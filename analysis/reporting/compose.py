@@ -7,20 +7,15 @@ from typing import Any
 from moiety.analysis.headline import findings, key_figures, verdict
 from moiety.analysis.reporting import arguments, comparison_figures, cost_figures, methods
 from moiety.analysis.reporting import routing_figures as routing
-from moiety.analysis.reporting.cost_tables import (
-    change_of_sparsity_table,
-    change_table,
-    overlap_table,
-    regret_table,
-    retention_table,
-    swap_of_gates_table,
-    swap_table,
-    token_regret_table,
-)
 from moiety.analysis.reporting.document import Document, Figure, Section
 from moiety.analysis.results import Comparison, Counterfactuals, Retention, RoutingSummary
+from moiety.analysis.results_tables import (
+    comparison_tables,
+    counterfactual_tables,
+    gate_swap_table,
+    retention_tables,
+)
 from moiety.analysis.tables import (
-    Table,
     controls_table,
     layer_table,
     resources_table,
@@ -136,25 +131,19 @@ def _flow(summary: RoutingSummary) -> Section:
 def _cost(found: Counterfactuals | None) -> Section | None:
     if found is None:
         return None
-    tables = [regret_table(found)]
-    details: list[Table] = [token_regret_table(found)] if found.token_regret else []
-    for title, changes in (("Contribution dropped", found.ablated), ("Left out", found.left_out)):
-        if changes:
-            details.append(change_table(title, changes, found))
-    if found.swaps:
-        details.append(swap_table(found))
+    forced, regrets, removed, swapped = counterfactual_tables(found)
     return Section(
         name="cost",
         title="What a wrong route costs",
         text=("Losses of the same documents under routes that the model did not choose.",),
-        tables=tuple(tables),
+        tables=(regrets,),
         figures=_figures(
             cost_figures.regret(found),
             cost_figures.forced(found),
             cost_figures.removed(found),
             cost_figures.removed_by_layer(found),
         ),
-        details=tuple(details),
+        details=tuple(table for table in (forced, removed, swapped) if table.rows),
     )
 
 
@@ -165,20 +154,20 @@ def _cost_findings(found: Counterfactuals) -> list[str]:
 def _retention(found: Retention | None) -> Section | None:
     if found is None:
         return None
+    losses, changes = retention_tables(found)
     return Section(
         name="retention-section",
         title="What sparsity does at home and away",
-        tables=(change_of_sparsity_table(found),),
+        tables=(changes,),
         figures=_figures(cost_figures.retention(found), cost_figures.retained(found)),
-        details=(retention_table(found),),
+        details=(losses,),
     )
 
 
 def of_comparison(found: Comparison) -> Document:
     """The report of two traces of the same text."""
-    tables = [overlap_table(found)]
-    if found.gate_swap is not None:
-        tables.append(swap_of_gates_table(found.gate_swap, found.domains))
+    by_domain, by_layer = comparison_tables(found)
+    swapped = [] if found.gate_swap is None else [gate_swap_table(found.gate_swap)]
     first, second = visible_line(found.first), visible_line(found.second)
     agreement = float(found.agreement_L.mean())
     return Document(
@@ -191,8 +180,9 @@ def of_comparison(found: Comparison) -> Document:
             Section(
                 name="where",
                 title="Where the two differ",
-                tables=tuple(tables),
+                tables=(by_domain, *swapped),
                 figures=_figures(*comparison_figures.all_of(found)),
+                details=(by_layer,),
             ),
         ),
         methods=tuple(methods.of_comparison(found)),

@@ -56,7 +56,7 @@ def counterfactuals(domains: Sequence[str]) -> Counterfactuals:
         domain_regret=by(names, lambda at: -0.05),
         document_regret=by(names, lambda at: 0.03 + 0.1 * at),
         ablated=tuple(change(e, layer) for e in range(count) for layer in (None, 0, 1)),
-        left_out=tuple(change(expert) for expert in range(count)),
+        left_out=tuple(change(e, layer) for e in range(count) for layer in (None, 0, 1)),
         swaps=(
             Swap(
                 first=0,

@@ -23,7 +23,6 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
     "--enable-logging=stderr",
-    "--virtual-time-budget=20000",
     "--allow-file-access-from-files",
 )
 ATTACK = "</script><img src=x onerror=\"document.title='owned'\">"
@@ -32,17 +31,21 @@ DOMAINS = ("arithmetic", "<b onmouseover=alert(1)>code</b>", "law & order", "pro
 FIGURES = 15
 HEAD = """<body><iframe id="narrow" src="report.html" width="380" height="900"></iframe>
 <iframe id="wide" src="report.html" width="1280" height="900"></iframe>
-<pre id="result"></pre><script>
-const lines = [], pages = [...document.querySelectorAll("iframe")];
-const drawn = (frame) => frame.contentDocument.documentElement.dataset.drawn;
+<iframe id="pending"></iframe><pre id="result"></pre><script>
+/* A document that is open and not closed keeps the browser from taking this page as loaded. */
+const pending = document.getElementById("pending").contentDocument;
+pending.open();
+const lines = [], pages = [...document.querySelectorAll("iframe[src]")];
+const drawn = (frame) => frame.contentDocument?.documentElement?.dataset.drawn;
 function whenDrawn(then) {
   if (pages.every(drawn)) then();
   else setTimeout(whenDrawn, 50, then);
 }
-window.addEventListener("load", () => whenDrawn(() => {
+whenDrawn(() => {
   for (const frame of pages) look(frame.contentDocument, frame);
   document.getElementById("result").textContent = lines.join("\\n");
-}));
+  pending.close();
+});
 function look(page, frame) {
   const find = (id) => page.getElementById(id);
   const press = (key) => page.activeElement.dispatchEvent(
@@ -103,10 +106,11 @@ def page_of(trace: Path, folder: Path, view_tokens: int = 20_000) -> Path:
     return report(trace, folder / "report.html", results, max_view_tokens=view_tokens)
 
 
-def browse(page: Path, profile: Path) -> tuple[str, str]:
+def browse(page: Path, profile: Path, *flags: str) -> tuple[str, str]:
     """The page's document after its scripts ran, and what the console said."""
     assert CHROMIUM is not None
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()]
+    place = f"--user-data-dir={profile}"
+    command = [CHROMIUM, *FLAGS, *flags, place, "--dump-dom", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return done.stdout, "\n".join(console)
@@ -125,7 +129,8 @@ def looked_at(script: str, page: Path) -> list[str]:
 
 def test_page_renders_without_errors(plant: Callable[..., Path], tmp_path: Path) -> None:
     trace = plant(purity=0.9, texts=[ATTACK, " held", "", "\n"], domains=DOMAINS)
-    dom, console = browse(page_of(trace, tmp_path), tmp_path / "profile")
+    page = page_of(trace, tmp_path)
+    dom, console = browse(page, tmp_path / "profile", "--virtual-time-budget=20000")
     assert console == ""
     assert "<title>Routing of tiny: Experts specialise" in dom
     assert dom.count('role="option"') == 20
