@@ -16,6 +16,7 @@ __all__ = [
     "evaluate",
     "gate_swap",
     "import_routes",
+    "plan",
     "report",
     "retention",
     "summarise",

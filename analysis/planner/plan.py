@@ -69,6 +69,11 @@ class MemoryPlan:
         """The model as it is."""
         return self.uses[0]
 
+    def _repr_html_(self) -> str:
+        from moiety.analysis.planner.tables import plan_tables
+
+        return "".join(table._repr_html_() for table in plan_tables(self))
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON, with totals."""
         values = asdict(self)

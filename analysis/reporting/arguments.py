@@ -97,26 +97,50 @@ def comparison_verdict(found: Comparison) -> str:
     return f"Routes are {word}: {overlap:.0%} of the experts are shared"
 
 
+def comparison_numbers(found: Comparison) -> list[tuple[str, str]]:
+    """The few numbers to remember of two traces."""
+    overlap, chance = float(found.overlap_DL.mean()), float(found.chance_DL.mean())
+    numbers = []
+    if overlap == overlap:
+        numbers.append((f"{overlap:.0%}", f"of a token's experts are shared; chance {chance:.0%}"))
+        numbers.append((f"{found.drift_DL.mean():.2f}", "drift of the loads, 0 to 1"))
+    if found.loss_change:
+        mean = sum(one.value for one in found.loss_change.values()) / len(found.loss_change)
+        numbers.append((f"{mean:+.3f}", "nats per token, second less first"))
+    return numbers
+
+
+def _overlap(found: Comparison) -> str:
+    known = {name: one for name, one in found.overlap.items() if one.value == one.value}
+    low, high = extremes(known)
+
+    def told(domain: str) -> str:
+        chance = float(found.chance_DL[found.domains.index(domain)].mean())
+        return f"{interval(known[domain], '{:.1%}')} in {quoted(domain)} (chance {chance:.1%})"
+
+    sentence = "Of the experts that a token went to in the first, the share that it went to in the second too is "
+    return sentence + (told(low) if low == high else f"from {told(low)} to {told(high)}") + "."
+
+
+def _loss_change(found: Comparison) -> str:
+    low, high = extremes(found.loss_change)
+    values = [f"{interval(found.loss_change[d], '{:+.3f}')} in {quoted(d)}" for d in (low, high)]
+    shown = values[0] if low == high else " to ".join(values)
+    return f"The second's loss differs by {shown}, nats per token, paired by document."
+
+
 def comparison_findings(found: Comparison) -> list[str]:
     """The argument about two traces."""
-    sentences = [
-        f"Of the experts that a token of {quoted(domain)} went to in the first, it went to "
-        f"{interval(one, '{:.1%}')} in the second too (chance "
-        f"{float(found.chance_DL[found.domains.index(domain)].mean()):.1%})."
-        for domain, one in found.overlap.items()
-        if one.value == one.value and domain in found.domains
-    ]
+    sentences = (
+        [_overlap(found)] if any(one.value == one.value for one in found.overlap.values()) else []
+    )
     agreement = found.agreement_L
     sentences.append(
         f"Whatever the experts are called, the two partition tokens alike to "
         f"{agreement.mean():.2f} (adjusted mutual information; 0 chance, 1 the same), most in layer "
         f"{int(agreement.argmax())}, least in layer {int(agreement.argmin())}."
     )
-    for domain, one in found.loss_change.items():
-        sentences.append(
-            f"The second's loss in {quoted(domain)} differs by {interval(one, '{:+.3f}')} nats per "
-            "token, paired by document."
-        )
+    sentences.append(_loss_change(found))
     if found.gate_swap is not None:
         _, worst = extremes(found.gate_swap.change_first)
         sentences.append(

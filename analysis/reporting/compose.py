@@ -175,7 +175,10 @@ def of_comparison(found: Comparison) -> Document:
         title=arguments.comparison_verdict(found),
         subject=f"{first} and {second}",
         findings=tuple(arguments.comparison_findings(found)),
-        key_figures=((f"{agreement:.2f}", "adjusted mutual information of the routes; chance 0"),),
+        key_figures=(
+            (f"{agreement:.2f}", "adjusted mutual information of the routes; chance 0"),
+            *arguments.comparison_numbers(found),
+        ),
         sections=(
             Section(
                 name="where",

@@ -227,10 +227,12 @@ def _streams(summary: RoutingSummary, start: int, stop: int) -> dict[str, Any]:
         "arrangement": "snap",
         "valueformat": ".1%",
         "node": {
-            "label": [f"{label(name)}" for _ in places for name in names],
+            "label": [
+                label(name) if layer in (start, stop) else "" for layer in places for name in names
+            ],
             "color": [colours[expert] for _ in places for expert in range(experts)],
-            "customdata": [f"layer {layer}" for layer in places for _ in names],
-            "hovertemplate": "%{label}, %{customdata}: %{value:.1%}<extra></extra>",
+            "customdata": [f"{label(name)}, layer {layer}" for layer in places for name in names],
+            "hovertemplate": "%{customdata}: %{value:.1%}<extra></extra>",
             "pad": 10,
             "thickness": 12,
             "line": {"width": 0},
@@ -240,7 +242,7 @@ def _streams(summary: RoutingSummary, start: int, stop: int) -> dict[str, Any]:
             "target": target,
             "value": value,
             "color": shade,
-            "hovertemplate": "%{source.label} to %{target.label}: %{value:.1%}<extra></extra>",
+            "hovertemplate": "%{source.customdata} to %{target.customdata}: %{value:.1%}<extra></extra>",
         },
     }
 

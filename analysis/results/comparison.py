@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moiety.analysis.results.measured import Interval
 from moiety.analysis.results.serial import CONFIG, Floats, Integers
+from moiety.analysis.results.shown import Shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class GateSwap:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Shown):
     """Routes of the same tokens in two traces.
 
     `overlap_DL`: of the experts that a token went to in the first, the share that it went to in

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moiety.analysis.results.measured import Interval
 from moiety.analysis.results.serial import CONFIG, Floats, Number
+from moiety.analysis.results.shown import Shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class TokenRegret:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counterfactuals:
+class Counterfactuals(Shown):
     """Losses of held-out documents under routes that the model did not choose.
 
     `forced_DE` is the loss of each domain when every token of every layer goes to one expert,

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from moiety.analysis.results.measured import Interval
 from moiety.analysis.results.serial import CONFIG
+from moiety.analysis.results.shown import Shown
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retention:
+class Retention(Shown):
     """Nats per token of every model on every domain, all with intervals over documents.
 
     `base`, `composite` (None where there is none), `dense` and `sparse` (by expert, then domain).

@@ -15,11 +15,12 @@ from moiety.analysis.results.parts import (
     Vocabulary,
 )
 from moiety.analysis.results.serial import CONFIG, Floats, Integers, to_dict
+from moiety.analysis.results.shown import Shown
 from moiety.analysis.trace.file import Header
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutingSummary:
+class RoutingSummary(Shown):
     """The statistics of one trace; domains, layers and experts in the order of `header`.
 
     Balance: `load_LE` share of all routes, `max_violation_L` its MaxVio, `load_entropy_L` its

@@ -16,8 +16,21 @@
   }
 
   function redraw(chosen) {
+    if (chosen === theme) return;
     theme = chosen;
     drawn.forEach(draw);
+  }
+
+  /* Streams are drawn over several frames, which a printer does not wait for: they keep their text. */
+  function redrawForPrint() {
+    const streams = Object.keys(figures).filter((name) => figures[name].data[0].type === "sankey");
+    streams.forEach((name) => drawn.delete(name));
+    redraw(moietyThemes.light);
+    streams.forEach((name) => drawn.add(name));
+  }
+
+  function openDetails(open) {
+    document.querySelectorAll("details").forEach((node) => { node.open = open; });
   }
 
   function offerChoices(name) {
@@ -47,13 +60,13 @@
     if (figure.choices) offerChoices(name);
   }
   setTimeout(drawNext, 0, Object.keys(figures));
-  document.querySelectorAll("details").forEach((node) => node.addEventListener("toggle", () => {
-    window.dispatchEvent(new Event("resize"));
-  }));
   dark.addEventListener("change", () => redraw(current()));
   window.addEventListener("beforeprint", () => {
-    Object.keys(figures).forEach((name) => drawn.add(name));
-    redraw(moietyThemes.light);
+    openDetails(true);
+    redrawForPrint();
   });
-  window.addEventListener("afterprint", () => redraw(current()));
+  window.addEventListener("afterprint", () => {
+    openDetails(false);
+    redraw(current());
+  });
 })();

@@ -25,7 +25,7 @@ def plan(
     overhead: Annotated[str, typer.Option(help="Taken before any model.")] = "0.75GB",
     as_json: Json = False,
 ) -> None:
-    """Does it fit, with how long a context and how many experts, and how fast at most?"""
+    """Does it fit, with how long a context and how many experts, how fast at most?"""
     from moiety.analysis.planner import plan as run
     from moiety.analysis.planner.tables import plan_tables
 

@@ -37,7 +37,7 @@ def report(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Who handled what, is it real, what did it cost: a page, or here with --terminal."""
+    """Who handled what, is it real, what did it cost: a page, text or data."""
     from moiety.analysis.report import Reported
     from moiety.analysis.reporting.pictures import write_figures
     from moiety.files import read_json

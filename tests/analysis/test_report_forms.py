@@ -81,6 +81,11 @@ def test_cards_are_escaped_and_run_nothing(made: Reported) -> None:
     card = made._repr_html_()
     assert "Experts specialise strongly by domain" in card and "78%" not in card
     assert "<b>" not in card and "<script" not in card
+    hostile: list[Any] = [counterfactuals(DOMAINS), retention(DOMAINS), comparison(DOMAINS)]
+    assert made.evidence is not None
+    for result in (*hostile, made.evidence.summary):
+        shown = result._repr_html_()
+        assert shown.startswith("<div") and "<b>" not in shown and "<i>" not in shown
     table = next(made.document.tables)._repr_html_()
     assert table.startswith("<table>") and "<b>" not in table
 
