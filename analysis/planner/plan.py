@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from moiety.analysis.planner.cards import Card, find_card
 from moiety.analysis.planner.formats import FORMATS, Format
@@ -72,7 +72,7 @@ class MemoryPlan:
     def _repr_html_(self) -> str:
         from moiety.analysis.planner.tables import plan_tables
 
-        return "".join(table._repr_html_() for table in plan_tables(self))
+        return "".join(table._repr_html_() for table in plan_tables(cast(Any, self)))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, with totals."""
