@@ -45,7 +45,7 @@ def share_figure(summary: RoutingSummary) -> dict[str, Any]:
         "y": domains,
         "z": pictures[0].round(4).tolist(),
         "zmin": 0,
-        "zmax": 1,
+        "zmax": round(max(picture.max() for picture in pictures), 4) or 1,
         "xgap": 2,
         "ygap": 2,
         "hovertemplate": "%{y} to %{x}: %{z:.1%}<extra></extra>",

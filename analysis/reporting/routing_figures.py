@@ -65,13 +65,14 @@ def token_identity(summary: RoutingSummary) -> Figure:
         curve("about the domain", [one.corrected for one in whole], line={"width": 2.5}),
         *band("95% interval", [one.low for one in left], [one.high for one in left]),
         curve("the token being known", [one.corrected for one in left], accent="second"),
-        curve("95% of permutations below", [one.quantile_95 for one in left], **CHANCE),
+        curve("chance", [one.quantile_95 - one.mean for one in left], **CHANCE),
     ]
     return Figure(
         name="token-identity",
         title="Domain, or only its words?",
         spec=over_layers("nats", data, len(whole), ".2f"),
-        note="I(expert; domain), and I(expert; domain | token): what no vocabulary explains.",
+        note="I(expert; domain), and I(expert; domain | token): what no vocabulary explains. Both "
+        "corrected for bias; chance: how far 95% of permutations stay above their mean.",
         summary="Two lines over layers, the lower one with the token known.",
     )
 
@@ -162,7 +163,7 @@ def positions(summary: RoutingSummary) -> Figure:
     }
     if found.first_B[-1] > 64:
         for line in data:
-            line["x"] = [max(1, place) for place in line["x"]]
+            line["x"] = [place or 0.5 for place in line["x"]]
     return Figure(
         name="positions",
         title="Along the window",
@@ -187,7 +188,7 @@ def _flow_grid(summary: RoutingSummary) -> dict[str, Any]:
     rows = share_LEE / numpy.maximum(share_LEE.sum(-1, keepdims=True), 1e-12)
     names = summary.header.experts
     pictures = [(f"{layer} to {layer + 1}", row) for layer, row in enumerate(rows)]
-    return heatmap(pictures, names, names, form=".0%", x="next layer's expert", limits=(0.0, 1.0))
+    return heatmap(pictures, names, names, form=".0%", x="next layer's expert")
 
 
 def _sankey(summary: RoutingSummary) -> dict[str, Any]:
