@@ -27,6 +27,8 @@ def verdict(summary: RoutingSummary) -> str:
         return "No evidence that experts specialise by domain"
     excess = null.observed - null.mean
     degree = "strongly " if excess > STRONG else "weakly " if excess < WEAK else ""
+    if summary.vocabulary.conditional.p_value > LEVEL:
+        return f"Experts specialise {degree}by vocabulary; no more of the domain is shown"
     return f"Experts specialise {degree}by domain"
 
 

@@ -39,7 +39,7 @@ def heatmap(
 ) -> dict[str, Any]:
     """A grid of numbers, one of `pictures` (name, rows x columns) at a time.
 
-    `form` is a d3 format. A `diverging` scale is centred on 0, or on 1 with limits (0, 2).
+    `form` is a d3 format. A `diverging` scale is centred on 0, or on the middle of `limits`.
     """
     low, high = limits or _limits([picture for _, picture in pictures], scale)
     shown = [(name, _rounded(picture)) for name, picture in pictures]

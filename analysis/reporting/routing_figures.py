@@ -96,14 +96,19 @@ def coactivation(summary: RoutingSummary) -> Figure | None:
         return None
     names, found = summary.header.experts, summary.coactivation
     spec = heatmap(
-        _by_layer(found.lift_LEE), names, names, form=".2f", limits=(0.0, 2.0), scale=DIVERGING
+        _by_layer(found.lift_LEE),
+        names,
+        names,
+        form=".2f",
+        limits=(0.0, 2 * found.chance),
+        scale=DIVERGING,
     )
     return Figure(
         name="coactivation",
         title="Experts chosen together",
         spec=spec,
         note=f"Lift over independence, all pairs; even routes without replacement give {found.chance:.2f}.",
-        summary="A grid of experts; above 1 two are chosen together more than their loads explain.",
+        summary="A grid of experts; above chance two are chosen together more than their loads explain.",
     )
 
 
@@ -223,6 +228,7 @@ def _streams(summary: RoutingSummary, start: int, stop: int) -> dict[str, Any]:
             value.append(round(float(share_EE[before, after]), 4))
             shade.append(_faint(colours[before]))
     places = range(start, stop + 1)
+    middle_PE = _middles(summary.flow.share_LEE[start:stop])
     return {
         "type": "sankey",
         "arrangement": "snap",
@@ -232,6 +238,12 @@ def _streams(summary: RoutingSummary, start: int, stop: int) -> dict[str, Any]:
                 label(name) if layer in (start, stop) else "" for layer in places for name in names
             ],
             "color": [colours[expert] for _ in places for expert in range(experts)],
+            "x": [
+                round(0.001 + 0.998 * at / (len(places) - 1), 4)
+                for at in range(len(places))
+                for _ in names
+            ],
+            "y": middle_PE.round(4).ravel().tolist(),
             "customdata": [f"{label(name)}, layer {layer}" for layer in places for name in names],
             "hovertemplate": "%{customdata}: %{value:.1%}<extra></extra>",
             "pad": 10,
@@ -246,6 +258,13 @@ def _streams(summary: RoutingSummary, start: int, stop: int) -> dict[str, Any]:
             "hovertemplate": "%{source.customdata} to %{target.customdata}: %{value:.1%}<extra></extra>",
         },
     }
+
+
+def _middles(share_LEE: NDArray[Any]) -> NDArray[Any]:
+    """Where each expert stands in each layer's column, experts in order: (L + 1, E)."""
+    share_PE = numpy.concatenate([share_LEE.sum(-1), share_LEE[-1:].sum(-2)])
+    ends_PE = share_PE.cumsum(-1)
+    return numpy.clip(ends_PE - share_PE / 2, 0.001, 0.999)
 
 
 def _faint(colour: str) -> str:

@@ -1,5 +1,6 @@
 """Tables say what results hold, and no more."""
 
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
@@ -123,6 +124,15 @@ def test_headline_says_what_the_numbers_say(plant: Any) -> None:
 def test_headline_admits_no_evidence(plant: Any) -> None:
     summary = summarise(Trace.open(plant(purity=0.0)))
     assert verdict(summary).startswith("No evidence")
+
+
+def test_headline_does_not_sell_vocabulary_as_domain(plant: Any) -> None:
+    summary = summarise(Trace.open(plant()))
+    conditional = replace(summary.vocabulary.conditional, p_value=0.4)
+    told = replace(summary, vocabulary=replace(summary.vocabulary, conditional=conditional))
+    assert verdict(told) == (
+        "Experts specialise strongly by vocabulary; no more of the domain is shown"
+    )
 
 
 def test_headline_admits_too_few_documents(plant: Any) -> None:
