@@ -45,7 +45,7 @@ def share_figure(summary: RoutingSummary) -> dict[str, Any]:
         "y": domains,
         "z": pictures[0].round(4).tolist(),
         "zmin": 0,
-        "zmax": 1,
+        "zmax": round(max(picture.max() for picture in pictures), 4) or 1,
         "xgap": 2,
         "ygap": 2,
         "hovertemplate": "%{y} to %{x}: %{z:.1%}<extra></extra>",
@@ -69,7 +69,7 @@ def share_figure(summary: RoutingSummary) -> dict[str, Any]:
 def information_figure(summary: RoutingSummary) -> dict[str, Any]:
     """NMI of each layer over the band that 95 % of relabelled documents stay under."""
     layers = list(range(len(summary.header.layers)))
-    nulls = summary.test.layers
+    nulls = summary.nmi.layers
     band = [null.quantile_95 for null in nulls]
     data = [
         _line("95% of permutations below", layers, band, fill="tozeroy", line={"width": 0}),

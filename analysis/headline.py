@@ -6,6 +6,7 @@ Every sentence carries its numbers, and says so when the evidence is not there.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moiety.analysis.reporting.words import measured
 from moiety.analysis.statistics import RoutingSummary
 from moiety.analysis.tables import mean_over, section, size
 from moiety.analysis.visible import visible_line
@@ -17,15 +18,17 @@ CLEAR = 0.001
 
 def verdict(summary: RoutingSummary) -> str:
     """One line: whether experts specialise by domain, and how much."""
-    null, test = summary.test.overall, summary.test
+    null = summary.nmi.overall
     if len(summary.header.domains) < 2:
         return "One domain only: nothing to compare"
-    if test.smallest_p > LEVEL:
+    if summary.smallest_p > LEVEL:
         return "Too few documents to tell whether experts specialise by domain"
     if null.p_value > LEVEL:
         return "No evidence that experts specialise by domain"
     excess = null.observed - null.mean
     degree = "strongly " if excess > STRONG else "weakly " if excess < WEAK else ""
+    if summary.vocabulary.conditional.p_value > LEVEL:
+        return f"Experts specialise {degree}by vocabulary; no more of the domain is shown"
     return f"Experts specialise {degree}by domain"
 
 
@@ -43,7 +46,7 @@ def findings(summary: RoutingSummary, results: Mapping[str, Any]) -> list[str]:
 
 def key_figures(summary: RoutingSummary, results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The few numbers to remember, each with what to compare it to."""
-    null, own = summary.test.overall, summary.own_domain_share
+    null, own = summary.nmi.overall, summary.own_domain_share
     figures = [
         (f"{null.observed:.2f}", f"normalised mutual information; chance {null.mean:.2f}"),
     ]
@@ -66,16 +69,18 @@ def key_figures(summary: RoutingSummary, results: Mapping[str, Any]) -> list[tup
 def _evidence(summary: RoutingSummary) -> str:
     if len(summary.header.domains) < 2:
         return ""
-    null, test = summary.test.overall, summary.test
+    null = summary.nmi.overall
     documents = sum(summary.header.documents.values())
+    corrected = "" if null.corrected != null.corrected else f", corrected for bias {measured(null)}"
     sentence = (
-        f"Top-1 expert and domain share a normalised mutual information of {null.observed:.3f}. "
+        f"Top-1 expert and domain share a normalised mutual information of {null.observed:.3f}"
+        f"{corrected}. "
         f"Relabelling the {documents:,} documents at random gives {null.mean:.3f} on average and "
-        f"at most {null.quantile_95:.3f} in 95% of {test.permutations:,} permutations "
+        f"at most {null.quantile_95:.3f} in 95% of {summary.permutations:,} permutations "
         f"(p = {null.p_value:.2g})."
     )
-    if test.smallest_p > LEVEL:
-        sentence += f" So few documents cannot give less than p = {test.smallest_p:.2g}."
+    if summary.smallest_p > LEVEL:
+        sentence += f" So few documents cannot give less than p = {summary.smallest_p:.2g}."
     return sentence
 
 
@@ -85,8 +90,14 @@ def _own_domain(summary: RoutingSummary) -> str:
         return "No domain has an expert of its name, so there is no own-domain share to report."
     mean = sum(own.values()) / len(own)
     low, high = min(own, key=own.__getitem__), max(own, key=own.__getitem__)
+    share = f"{mean:.0%}"
+    if (
+        summary.own_share is not None
+        and summary.own_share.overall.low == summary.own_share.overall.low
+    ):
+        share = measured(summary.own_share.overall, "{:.0%}")
     sentence = (
-        f"A token goes first to its own domain's expert {mean:.0%} of the time; "
+        f"A token goes first to its own domain's expert {share} of the time; "
         f"chance is {1 / len(summary.header.experts):.0%}."
     )
     if low != high:
@@ -98,12 +109,12 @@ def _own_domain(summary: RoutingSummary) -> str:
 
 
 def _where(summary: RoutingSummary) -> str:
-    layers = summary.test.layers
+    layers = summary.nmi.layers
     if len(layers) < 2 or len(summary.header.domains) < 2:
         return ""
     values = [null.observed for null in layers]
     best, worst = values.index(max(values)), values.index(min(values))
-    passed = sum(p <= LEVEL for p in summary.test.adjusted_L)
+    passed = sum(layer.adjusted_p <= LEVEL for layer in layers)
     return (
         f"Routing follows the domain most in layer {best} ({values[best]:.3f}) and least in "
         f"layer {worst} ({values[worst]:.3f}); {passed} of {len(layers)} layers exceed chance at "

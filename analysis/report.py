@@ -1,44 +1,104 @@
-"""One HTML file that argues from a trace: the answer, its controls, where, and every token.
+"""Reports of traces: a page, Markdown, JSON or CSV by the name of the file; a terminal; a notebook."""
 
-The file asks the network for nothing: scripts, styles and data are inside, and its content
-security policy lets only those very scripts run. All text of a trace is untrusted: the template
-escapes it, data is JSON in which no markup can start, and hidden characters are made visible.
-"""
-
-import base64
-import hashlib
 import json
-from collections.abc import Mapping
-from importlib import resources
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
+from rich.console import Group
 
-from moiety.analysis.charts import information_figure, own_share_figure, share_figure
-from moiety.analysis.headline import findings, key_figures, verdict
+from moiety.analysis.comparison import compare
+from moiety.analysis.reporting import plain
+from moiety.analysis.reporting.card import card
+from moiety.analysis.reporting.compose import Evidence, of_comparison, of_trace
+from moiety.analysis.reporting.document import Document
+from moiety.analysis.reporting.page import page
+from moiety.analysis.results import Comparison, Counterfactuals, Retention, read_result, to_dict
 from moiety.analysis.samples import read_samples
-from moiety.analysis.statistics import RoutingSummary, summarise
-from moiety.analysis.tables import (
-    ROWS,
-    SIZES,
-    Table,
-    controls_table,
-    layer_table,
-    resources_table,
-    routing_table,
-)
-from moiety.analysis.trace_file import Trace
-from moiety.analysis.view import shown_tokens, token_view
-from moiety.analysis.visible import visible_line
+from moiety.analysis.statistics import summarise
+from moiety.analysis.trace.file import Trace
+from moiety.analysis.view import token_view
 from moiety.errors import InputError, OutputError
 from moiety.files import check_writable, write_text
-from moiety.version import __version__
 
-TEMPLATES = resources.files("moiety.analysis") / "templates"
-SCRIPTS = ("charts.js", "tokens.js")
+KINDS = (".html", ".md", ".json", ".csv")
+COUNTERFACTUALS, RETENTION = "counterfactuals.json", "retention.json"
+VIEW_TOKENS = 20_000
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A report in memory: what it says, its numbers as JSON values, and its page.
+
+    A notebook shows it as a card.
+    """
+
+    document: Document
+    values: dict[str, Any] = field(repr=False)
+    trace: Trace | None = field(default=None, repr=False)
+    evidence: Evidence | None = field(default=None, repr=False)
+
+    @classmethod
+    def read(
+        cls,
+        trace: str | Path,
+        results: Mapping[str, Any] | None = None,
+        *,
+        own_expert: Mapping[str, str | int] | None = None,
+        counterfactuals: Counterfactuals | str | Path | None = None,
+        retention: Retention | str | Path | None = None,
+    ) -> "Reported":
+        """The report of a trace and of what else is known; see `report`."""
+        opened, folder = Trace.open(Path(trace)), Path(trace)
+        evidence = Evidence(
+            summary=summarise(opened, own_expert),
+            results=results or {},
+            counterfactuals=_found(Counterfactuals, counterfactuals, folder / COUNTERFACTUALS),
+            retention=_found(Retention, retention, folder / RETENTION),
+        )
+        return cls(of_trace(evidence), _values(evidence), opened, evidence)
+
+    @classmethod
+    def compare(cls, first: str | Path, second: str | Path) -> "Reported":
+        """The report of two traces of the same text."""
+        return cls.of(compare(Trace.open(Path(first)), Trace.open(Path(second))))
+
+    @classmethod
+    def of(cls, found: Comparison) -> "Reported":
+        """The report of a comparison."""
+        return cls(of_comparison(found), to_dict(found))
+
+    def write(self, out: str | Path, max_view_tokens: int = VIEW_TOKENS) -> Path:
+        """Write the file `out` in the form that its ending says; see `report`."""
+        if max_view_tokens < 1:
+            raise InputError(f"max_view_tokens must be at least 1, but it is {max_view_tokens}")
+        out = _checked(out)
+        forms: dict[str, Callable[[], str]] = {
+            ".html": lambda: self.html(max_view_tokens),
+            ".md": lambda: plain.to_markdown(self.document),
+            ".csv": lambda: plain.to_csv(self.document),
+            ".json": lambda: json.dumps(self.values, indent=2, ensure_ascii=False) + "\n",
+        }
+        text = forms[out.suffix]()
+        check_writable(out.parent)
+        write_text(out, text)
+        return out
+
+    def html(self, max_view_tokens: int = VIEW_TOKENS) -> str:
+        """The whole page."""
+        if self.trace is None or self.evidence is None:
+            return page(self.document)
+        view = token_view(self.trace, self.evidence.summary, max_view_tokens)
+        return page(self.document, view, read_samples(self.evidence.results))
+
+    def to_rich(self) -> Group:
+        """For a terminal."""
+        return plain.to_rich(self.document)
+
+    def _repr_html_(self) -> str:
+        return card(self.document)
 
 
 def report(
@@ -46,89 +106,57 @@ def report(
     out: str | Path,
     results: Mapping[str, Any] | None = None,
     *,
+    other: str | Path | None = None,
     own_expert: Mapping[str, str | int] | None = None,
-    max_view_tokens: int = 20_000,
+    counterfactuals: Counterfactuals | str | Path | None = None,
+    retention: Retention | str | Path | None = None,
+    max_view_tokens: int = VIEW_TOKENS,
 ) -> Path:
-    """Write the report of a trace to the HTML file `out` and give its path.
+    """Write the report of a trace to the file `out` and give its path.
 
-    `results` are the measured losses, bytes and speeds (the demo's `results.json`); what is
-    absent is left out. `own_expert` as in `summarise`. The token view holds at most
-    `max_view_tokens` tokens, shared equally by the domains.
+    The ending of `out` says the form: .html, .md, .json or .csv. `results` are the measured
+    losses, bytes and speeds (the demo's `results.json`). `counterfactuals` and `retention` are
+    results or their files, by default `counterfactuals.json` and `retention.json` in the trace's
+    folder; what is absent is left out. `own_expert` as in `summarise`. The token view holds at
+    most `max_view_tokens` tokens, shared equally by the domains. With `other`, a second trace of the
+    same text, the report is the comparison of the two and nothing else.
 
-    Raises InputError when the trace or `results` cannot be used, OutputError when `out` cannot be
+    Raises InputError when a trace or a result cannot be used, OutputError when `out` cannot be
     written.
     """
     if max_view_tokens < 1:
         raise InputError(f"max_view_tokens must be at least 1, but it is {max_view_tokens}")
+    _checked(out)
+    if other is not None:
+        return Reported.compare(trace, other).write(out)
+    made = Reported.read(
+        trace,
+        results,
+        own_expert=own_expert,
+        counterfactuals=counterfactuals,
+        retention=retention,
+    )
+    return made.write(out, max_view_tokens)
+
+
+def _checked(out: str | Path) -> Path:
     out = Path(out)
     if out.is_dir():
         raise OutputError(f"expected {out} to be a file to write, but it is a folder; add a name")
-    opened = Trace.open(Path(trace))
-    summary = summarise(opened, own_expert)
-    page = render(opened, summary, results or {}, max_view_tokens)
-    check_writable(out.parent)
-    write_text(out, page)
+    if out.suffix not in KINDS:
+        raise InputError(f"expected a report to end in {', '.join(KINDS)}, but it is {out.name}")
     return out
 
 
-def render(
-    trace: Trace, summary: RoutingSummary, results: Mapping[str, Any], max_view_tokens: int
-) -> str:
-    """The report as HTML."""
-    view = token_view(trace, summary, max_view_tokens)
-    figures = {"share": share_figure(summary), "information": information_figure(summary)}
-    if summary.own_expert:
-        figures["own"] = own_share_figure(summary)
-    scripts = [_script(get_plotlyjs()), *(_script(_template(name)) for name in SCRIPTS)]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["visible"] = visible_line
-    return environment.from_string(_template("report.html.j2")).render(
-        policy=_policy(scripts),
-        style=Markup(_template("report.css")),
-        scripts=[Markup(script) for script in scripts],
-        figures=_json(figures),
-        view=_json(view),
-        shown=shown_tokens(view),
-        verdict=verdict(summary),
-        findings=findings(summary, results),
-        key_figures=key_figures(summary, results),
-        tables=_tables(results),
-        samples=read_samples(results),
-        marked=(ROWS["composite"], SIZES["composite"]),
-        routing=routing_table(summary),
-        layers=layer_table(summary),
-        summary=summary,
-        results=results,
-        version=__version__,
-    )
+def _found(kind: type[Result], given: Any, place: Path) -> Result | None:
+    if isinstance(given, kind):
+        return given
+    if given is None and not place.is_file():
+        return None
+    return read_result(kind, place if given is None else Path(given))
 
 
-def _tables(results: Mapping[str, Any]) -> list[Table]:
-    tables = [controls_table(results, measure) for measure in ("loss", "bits_per_byte", "accuracy")]
-    return [table for table in (*tables, resources_table(results)) if table.rows]
-
-
-def _template(name: str) -> str:
-    return (TEMPLATES / name).read_text(encoding="utf-8")
-
-
-def _script(source: str) -> str:
-    """A script as the browser will hash it: line ends as HTML reads them."""
-    return source.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _json(value: Any) -> Markup:
-    """JSON for a script element: ASCII only, and nothing that markup could start with."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    for char in "<>&":
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return Markup(text)
-
-
-def _policy(scripts: list[str]) -> str:
-    hashes = (hashlib.sha256(script.encode()).digest() for script in scripts)
-    allowed = " ".join(f"'sha256-{base64.b64encode(value).decode()}'" for value in hashes)
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
-    )
+def _values(evidence: Evidence) -> dict[str, Any]:
+    parts = {"counterfactuals": evidence.counterfactuals, "retention": evidence.retention}
+    known = {name: to_dict(part) for name, part in parts.items() if part is not None}
+    return {"routing": to_dict(evidence.summary), "results": dict(evidence.results), **known}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from rich.table import Table as RichTable
@@ -61,6 +62,16 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+
+    def _repr_html_(self) -> str:
+        """For a notebook, escaped, without scripts."""
+        head = "".join(f"<th>{escape(visible_line(name))}</th>" for name in self.columns)
+        rows = "".join(
+            f"<tr>{''.join(f'<td>{escape(visible_line(cell))}</td>' for cell in row)}</tr>"
+            for row in self.rows
+        )
+        title, note = escape(visible_line(self.title)), escape(visible_line(self.note))
+        return f"<table><caption>{title}</caption><tr>{head}</tr>{rows}</table><p>{note}</p>"
 
     def to_rich(self) -> RichTable:
         """For a terminal: numbers to the right, markup and control characters shown as text."""
@@ -157,7 +168,7 @@ def layer_table(summary: RoutingSummary) -> Table:
     """For each layer: information against its null, balance, entropy and own-domain share."""
     owners = [summary.header.domains.index(domain) for domain in summary.own_expert]
     rows = []
-    for layer, null in enumerate(summary.test.layers):
+    for layer, null in enumerate(summary.nmi.layers):
         own_D = summary.own_share_DL[owners, layer]
         own = float(own_D.mean()) if owners else None
         rows.append(
@@ -165,7 +176,7 @@ def layer_table(summary: RoutingSummary) -> Table:
                 str(layer),
                 f"{null.observed:.3f}",
                 f"{null.quantile_95:.3f}",
-                f"{summary.test.adjusted_L[layer]:.3f}",
+                f"{null.adjusted_p:.3f}",
                 number(own, "{:.1%}", "own-domain share"),
                 f"{summary.max_violation_L[layer]:.2f}",
                 f"{summary.entropy_DL[:, layer].mean():.2f}",

@@ -4,16 +4,16 @@ T tokens, L routed layers, A active experts.
 """
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy
 from numpy.typing import NDArray
 
 from moiety.analysis.charts import expert_colours
-from moiety.analysis.measures import token_shares
 from moiety.analysis.statistics import RoutingSummary
-from moiety.analysis.trace_file import Trace
+from moiety.analysis.statistics.measures import token_shares
+from moiety.analysis.trace.file import Trace
 from moiety.analysis.visible import visible, visible_line
 
 STEPS = 255
@@ -38,11 +38,17 @@ def token_view(trace: Trace, summary: RoutingSummary, max_tokens: int) -> dict[s
         "layers": len(header.layers),
         "active": header.active,
         "expertBytes": _expert_type(trace).itemsize,
+        "total": [len(trace), sum(header.documents.values())],
         "documents": documents,
     }
 
 
-def shown_tokens(view: dict[str, Any]) -> int:
+def shown_documents(view: Mapping[str, Any]) -> int:
+    """How many documents a token view holds, whole or cut."""
+    return len(view["documents"])
+
+
+def shown_tokens(view: Mapping[str, Any]) -> int:
     """How many tokens a token view holds."""
     return sum(len(document["tokens"]) for document in view["documents"])
 

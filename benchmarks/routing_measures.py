@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.timing import interleaved
-from moiety.analysis.measures import (
+from moiety.analysis.statistics.measures import (
     entropy,
     mutual_information,
     token_shares,

@@ -12,9 +12,8 @@ import torch
 from moiety.compose.preflight.matrices import pruned_matrices
 from moiety.compose.recipe import Merge, Mixture, Recipe, Routed
 from moiety.compose.shared import CHOICE_WINDOWS, WEIGHTS, candidates
+from moiety.experts import packing
 from moiety.experts.checkpoint import Checkpoint
-from moiety.experts.kernels.weights import DTYPES
-from moiety.experts.packing import LARGEST_CODE, scale_shape, stored_shape
 from moiety.experts.pattern import Pattern
 from moiety.routers.spec import LEARNED
 
@@ -68,7 +67,7 @@ def sizes_of(recipe: Recipe, base: Checkpoint) -> Sizes:
     bytes_of = {name: prod(shape) * WIDTHS.get(dtype, 1) for name, (shape, dtype) in stored.items()}
     matrices = pruned_matrices(base.config, recipe.sites)
     layers = getattr(recipe.compose, "layers", "all")
-    held = {name: shape for name, shape in matrices.items() if _in_layers(name, layers)}
+    held = {name: shape for name, shape in matrices.items() if in_layers(name, layers)}
     blocks = max(1, getattr(base.config.get_text_config(), "num_hidden_layers", 1))
     weights = sum(prod(shape) for shape, _ in stored.values())
     return Sizes(
@@ -85,17 +84,16 @@ def sizes_of(recipe: Recipe, base: Checkpoint) -> Sizes:
     )
 
 
-def _in_layers(name: str, layers: object) -> bool:
+def in_layers(name: str, layers: object) -> bool:
+    """Whether a module stands in one of a recipe's `layers`: all, or a list of their numbers."""
     numbers = [int(part) for part in name.split(".") if part.isdigit()]
     return not isinstance(layers, list) or (bool(numbers) and numbers[0] in layers)
 
 
 def packed_bytes(recipe: Recipe, rows: int, columns: int) -> int:
-    """Bytes of one packed matrix (O, I): values, mask and scales."""
-    pattern, values = Pattern.parse(recipe.prune.pattern), recipe.prune.values
-    kept = prod(stored_shape(pattern, values, rows, columns)) * DTYPES[values].itemsize
-    scales = 2 * prod(scale_shape(rows, columns)) if values in LARGEST_CODE else 0
-    return kept + rows * -(-columns // 8) + scales
+    """Bytes of one matrix (O, I) as the recipe packs it."""
+    pattern = Pattern.parse(recipe.prune.pattern)
+    return packing.packed_bytes(pattern, recipe.prune.values, rows, columns)
 
 
 def _gates_of(kind: Routed, layers: int) -> int:

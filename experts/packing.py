@@ -10,6 +10,7 @@ O/I out/in features, B mask bytes a row, G scales a row.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from einops import rearrange
@@ -62,6 +63,13 @@ def stored_shape(
 def scale_shape(out_features: int, in_features: int) -> tuple[int, int]:
     """Shape of a matrix's scales: one a row for each 128 dense columns."""
     return out_features, -(-in_features // reference.SCALE_COLUMNS)
+
+
+def packed_bytes(pattern: Pattern, values: str, out_features: int, in_features: int) -> int:
+    """Bytes of one packed matrix (O, I): values, mask and scales."""
+    kept = prod(stored_shape(pattern, values, out_features, in_features))
+    scales = 2 * prod(scale_shape(out_features, in_features)) if values in LARGEST_CODE else 0
+    return kept * DTYPES[values].itemsize + out_features * -(-in_features // 8) + scales
 
 
 def pack(

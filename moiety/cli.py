@@ -7,12 +7,34 @@ import sys
 import traceback
 from typing import NoReturn
 
-from moiety.commands import demo, expert, models, pipeline, reading, routing
+from moiety.commands import (
+    demo,
+    expert,
+    models,
+    pipeline,
+    planning,
+    reading,
+    reports,
+    results,
+    routing,
+)
 from moiety.commands.common import app
 from moiety.console import show_error
 from moiety.errors import InputError, OutputError
 
-__all__ = ["app", "demo", "expert", "main", "models", "pipeline", "reading", "routing"]
+__all__ = [
+    "app",
+    "demo",
+    "expert",
+    "main",
+    "models",
+    "pipeline",
+    "planning",
+    "reading",
+    "reports",
+    "results",
+    "routing",
+]
 
 INTERRUPTED = 130
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moiety.errors import InputError
+from moiety.routers.outputs import read_route, with_route
 from moiety.routers.router import Router
 
 
@@ -51,21 +52,23 @@ class Route:
 RoutePolicy = Callable[[Gate, Tensor], tuple[Tensor, Tensor]]
 """`(gate, logits_TE) -> (weights_TA, experts_TA)`, A free to differ from the gate's own."""
 
+RouteChange = Callable[[Gate, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`(gate, logits_TE, weights_TA, experts_TA) -> (weights_TA, experts_TA)`."""
+
 
 def find_gates(model: nn.Module) -> list[Gate]:
     """The gates of a model in layer order.
 
-    A gate is our own `Router`, or the child `gate` (or `router`) of a module that also has a child
-    `experts`, as in Mixtral, Qwen-MoE, OLMoE and DeepSeek. Raises InputError when there is none.
+    A gate is our own `Router`, a module that transformers itself records router logits of
+    (`_can_record_outputs`), or the child `gate` (or `router`) of a module that also has a child
+    `experts`. Raises InputError when there is none.
     """
+    recorded = _recorded(model)
     gates: list[Gate] = []
-    for name, block in model.named_modules():
-        for child in ("gate", "router"):
-            module = getattr(block, child, None)
-            stock = isinstance(getattr(block, "experts", None), nn.Module)
-            if isinstance(module, Router) or (isinstance(module, nn.Module) and stock):
-                gates.append(_gate(f"{name}.{child}".lstrip("."), len(gates), module, block))
-                break
+    for name, module in model.named_modules():
+        owner = model.get_submodule(name.rpartition(".")[0]) if name else model
+        if module in recorded or _is_gate(module, name.rpartition(".")[2], owner):
+            gates.append(_gate(name, len(gates), module, owner))
     if not gates:
         raise InputError(
             f"expected a mixture of experts, but {type(model).__name__} has no gates; "
@@ -74,11 +77,32 @@ def find_gates(model: nn.Module) -> list[Gate]:
     return gates
 
 
+def _is_gate(module: nn.Module, child: str, owner: nn.Module) -> bool:
+    stock = isinstance(getattr(owner, "experts", None), nn.Module)
+    return isinstance(module, Router) or (child in ("gate", "router") and stock)
+
+
+def _recorded(model: nn.Module) -> set[nn.Module]:
+    """Modules whose router logits transformers records, the innermost of nested ones only."""
+    classes: set[type[nn.Module]] = set()
+    for module in model.modules():
+        recorders = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", ())
+        for recorder in recorders if isinstance(recorders, list | tuple) else [recorders]:
+            classes.add(getattr(recorder, "target_class", recorder))
+    found = {module for module in model.modules() if type(module) in classes}
+    return {
+        module
+        for module in found
+        if not any(inner is not module and inner in found for inner in module.modules())
+    }
+
+
 def _gate(name: str, layer: int, module: nn.Module, block: nn.Module) -> Gate:
     if isinstance(module, Router):
         return Gate(name, layer, module, module.experts, module.top_k)
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
+    weights = [getattr(part, "weight", None) for part in (module, *module.children())]
+    weight = next((w for w in weights if isinstance(w, Tensor) and w.ndim == 2), None)
+    if weight is None:
         raise InputError(
             f"expected {name} to be a gate with a weight of shape (experts, width), "
             f"but {type(module).__name__} has none"
@@ -93,7 +117,7 @@ def watched(gates: Sequence[Gate], listener: Callable[[Route], None]) -> Iterato
 
     def hook(gate: Gate) -> Callable[..., None]:
         def listen(_module: nn.Module, inputs: tuple[Tensor, ...], outputs: Any) -> None:
-            logits_TE, weights_TA, experts_TA = outputs
+            logits_TE, weights_TA, experts_TA = read_route(outputs, gate.experts, gate.active)
             hidden_TD = inputs[0].reshape(-1, inputs[0].shape[-1])
 
             def see() -> Tensor:
@@ -105,12 +129,27 @@ def watched(gates: Sequence[Gate], listener: Callable[[Route], None]) -> Iterato
 
         return listen
 
-    handles = [gate.module.register_forward_hook(hook(gate)) for gate in gates]
-    try:
+    with _hooked(gates, hook):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@contextlib.contextmanager
+def rerouted(gates: Sequence[Gate], change: RouteChange) -> Iterator[None]:
+    """Let `change` turn the gates' own routes into others inside the block.
+
+    Watchers entered inside this block see the changed routes.
+    """
+
+    def hook(gate: Gate) -> Callable[..., Any]:
+        def reroute(_module: nn.Module, _inputs: tuple[Tensor, ...], outputs: Any) -> Any:
+            logits_TE, weights_TA, experts_TA = read_route(outputs, gate.experts, gate.active)
+            changed_TA, new_experts_TA = change(gate, logits_TE, weights_TA, experts_TA)
+            return with_route(outputs, changed_TA.to(weights_TA.dtype), new_experts_TA)
+
+        return reroute
+
+    with _hooked(gates, hook):
+        yield
 
 
 @contextlib.contextmanager
@@ -120,14 +159,17 @@ def forced(gates: Sequence[Gate], policy: RoutePolicy) -> Iterator[None]:
     Watchers entered inside this block see the forced routes.
     """
 
-    def hook(gate: Gate) -> Callable[..., Any]:
-        def force(_module: nn.Module, _inputs: tuple[Tensor, ...], outputs: Any) -> Any:
-            logits_TE, weights_TA, _experts_TA = outputs
-            new_weights_TA, new_experts_TA = policy(gate, logits_TE)
-            return logits_TE, new_weights_TA.to(weights_TA.dtype), new_experts_TA
+    def change(
+        gate: Gate, logits_TE: Tensor, _weights_TA: Tensor, _experts_TA: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return policy(gate, logits_TE)
 
-        return force
+    with rerouted(gates, change):
+        yield
 
+
+@contextlib.contextmanager
+def _hooked(gates: Sequence[Gate], hook: Callable[[Gate], Callable[..., Any]]) -> Iterator[None]:
     handles = [gate.module.register_forward_hook(hook(gate)) for gate in gates]
     try:
         yield

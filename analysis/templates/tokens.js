@@ -5,7 +5,8 @@
   const [domainBox, documentBox, layerBox] = [find("domain"), find("document"), find("layer")];
   const [text, detail, legend] = [find("text"), find("detail"), find("legend")];
   const other = "#8A8A8A";
-  const state = { current: null, tokens: [], focused: 0, only: null };
+  const [blockTokens, margin] = [400, 900];
+  const state = { current: null, blocks: [], focused: 0, only: null };
 
   function element(name, className, content) {
     const node = document.createElement(name);
@@ -15,7 +16,10 @@
   }
 
   function bytes(packed) {
-    return Uint8Array.from(atob(packed), (char) => char.charCodeAt(0));
+    const text = atob(packed);
+    const raw = new Uint8Array(text.length);
+    for (let at = 0; at < text.length; at++) raw[at] = text.charCodeAt(at);
+    return raw;
   }
 
   function unpack(entry) {
@@ -62,55 +66,122 @@
     return `rgba(${channel(1)},${channel(3)},${channel(5)},${(0.06 + 0.44 * weight).toFixed(3)})`;
   }
 
+  /* Where the blocks of a document begin: at its windows, and in long ones after a line's end. */
+  function cuts(entry) {
+    const starts = new Set([0, ...entry.windows]);
+    const found = [];
+    let last = 0;
+    for (let token = 0; token < entry.tokens.length; token++) {
+      const full = token - last >= blockTokens && (entry.tokens[token - 1].endsWith("\n") || token - last >= 2 * blockTokens);
+      if (starts.has(token) || full) {
+        found.push({ first: token, window: starts.has(token) });
+        last = token;
+      }
+    }
+    return found;
+  }
+
+  function paintToken(node) {
+    const token = Number(node.dataset.token);
+    const found = routes(state.current, token, chosenLayer());
+    const [expert, weight] = found[0];
+    const colour = view.colours[expert];
+    node.style.backgroundColor = tint(colour, weight);
+    node.style.borderBottomColor = colour;
+    node.style.borderBottomStyle = ["solid", "dashed", "dotted", "double"][expert % 4];
+    node.classList.toggle("dim", state.only !== null && state.only !== expert);
+    const heard = found.slice(0, 3).map(([e, w]) => `${view.experts[e]} ${percent(w)}`).join(", ");
+    node.setAttribute("aria-label", `${shownText(state.current.tokens[token]).trim() || "space"}: ${heard}`);
+  }
+
   function paint() {
-    const layer = chosenLayer();
-    state.tokens.forEach((node, token) => {
-      const found = routes(state.current, token, layer);
-      const [expert, weight] = found[0];
-      const colour = view.colours[expert];
-      node.style.backgroundColor = tint(colour, weight);
-      node.style.borderBottomColor = colour;
-      node.style.borderBottomStyle = ["solid", "dashed", "dotted", "double"][expert % 4];
-      node.classList.toggle("dim", state.only !== null && state.only !== expert);
-      const heard = found.slice(0, 3).map(([e, w]) => `${view.experts[e]} ${percent(w)}`).join(", ");
-      node.setAttribute("aria-label", `${shownText(state.current.tokens[token]).trim() || "space"}: ${heard}`);
-    });
+    for (const block of state.blocks) if (block.filled) block.node.querySelectorAll(".token").forEach(paintToken);
     show(state.focused);
+  }
+
+  function fill(block) {
+    if (block.filled) return;
+    block.filled = true;
+    const nodes = [];
+    for (let token = block.first; token < block.stop; token++) {
+      const piece = state.current.tokens[token];
+      const node = element("span", piece === "" ? "token empty" : "token", shownText(piece));
+      node.setAttribute("role", "option");
+      node.setAttribute("aria-selected", String(token === state.focused));
+      node.setAttribute("aria-posinset", String(token + 1));
+      node.setAttribute("aria-setsize", String(state.current.tokens.length));
+      node.dataset.token = String(token);
+      node.tabIndex = token === state.focused ? 0 : -1;
+      paintToken(node);
+      nodes.push(node);
+    }
+    block.node.replaceChildren(...nodes);
+    block.node.style.height = "";
+  }
+
+  /* Only blocks near the window of text have their tokens in the page; others keep their height. */
+  function empty(block) {
+    if (!block.filled || (state.focused >= block.first && state.focused < block.stop)) return;
+    block.node.style.height = `${block.node.offsetHeight}px`;
+    block.filled = false;
+    block.node.replaceChildren();
+  }
+
+  function settle() {
+    const [top, bottom] = [text.scrollTop - margin, text.scrollTop + text.clientHeight + margin];
+    const near = state.blocks.map(({ node }) => node.offsetTop + node.offsetHeight >= top && node.offsetTop <= bottom);
+    state.blocks.forEach((block, at) => (near[at] ? fill(block) : empty(block)));
   }
 
   function read() {
     const chosen = view.documents[Number(documentBox.value)];
-    text.replaceChildren();
-    [state.current, state.tokens, state.focused] = [chosen, [], 0];
-    const starts = new Set(chosen.windows);
-    let block = null;
-    chosen.tokens.forEach((piece, token) => {
-      if (block === null || starts.has(token)) {
-        block = text.appendChild(element("div", "window"));
-        block.setAttribute("role", "presentation");
-      }
-      const node = element("span", piece === "" ? "token empty" : "token", shownText(piece));
-      node.setAttribute("role", "option");
-      node.setAttribute("aria-selected", "false");
-      node.dataset.token = String(token);
-      node.tabIndex = -1;
-      state.tokens.push(block.appendChild(node));
+    const found = cuts(chosen);
+    [state.current, state.focused] = [chosen, 0];
+    state.blocks = found.map((cut, index) => {
+      const node = element("div", cut.window ? "window" : "window same");
+      node.setAttribute("role", "presentation");
+      const stop = index + 1 < found.length ? found[index + 1].first : chosen.tokens.length;
+      node.style.height = `${Math.ceil((stop - cut.first) / 14) * 2.05}em`;
+      return { node, first: cut.first, stop, filled: false };
     });
+    text.replaceChildren(...state.blocks.map((block) => block.node));
     text.setAttribute("aria-label", `Tokens of ${documentBox.selectedOptions[0].text}`);
     text.scrollTop = 0;
-    select(0, false);
-    paint();
+    settle();
+    show(0);
+  }
+
+  function nodeOf(token) {
+    const block = state.blocks.find((one) => token < one.stop);
+    fill(block);
+    return block.node.children[token - block.first];
   }
 
   function select(token, focus) {
-    const clamped = Math.max(0, Math.min(state.tokens.length - 1, token));
-    const [before, node] = [state.tokens[state.focused], state.tokens[clamped]];
-    before.tabIndex = -1;
-    before.setAttribute("aria-selected", "false");
+    const clamped = Math.max(0, Math.min(state.current.tokens.length - 1, token));
+    const before = text.querySelector('[aria-selected="true"]');
+    if (before) {
+      before.tabIndex = -1;
+      before.setAttribute("aria-selected", "false");
+    }
+    const node = nodeOf(clamped);
     node.tabIndex = 0;
     node.setAttribute("aria-selected", "true");
     state.focused = clamped;
-    if (focus) node.focus();
+    if (!focus) return;
+    node.focus();
+    settle();
+  }
+
+  /* The next token, forwards or backwards, whose first expert is the chosen one. */
+  function jump(by) {
+    if (state.only === null) return;
+    for (let token = state.focused + by; token >= 0 && token < state.current.tokens.length; token += by) {
+      if (routes(state.current, token, chosenLayer())[0][0] === state.only) {
+        select(token, true);
+        return;
+      }
+    }
   }
 
   function bar(expert, weight) {
@@ -206,7 +277,11 @@
     ArrowDown: () => turn(1, true),
     ArrowUp: () => turn(-1, true),
     Home: () => select(0, true),
-    End: () => select(state.tokens.length - 1, true),
+    End: () => select(state.current.tokens.length - 1, true),
+    PageDown: () => select(state.focused + blockTokens, true),
+    PageUp: () => select(state.focused - blockTokens, true),
+    n: () => jump(1),
+    p: () => jump(-1),
     "[": () => relayer(-1),
     "]": () => relayer(1),
   };
@@ -217,6 +292,8 @@
     event.preventDefault();
     keys[event.key]();
   });
+  text.addEventListener("scroll", () => requestAnimationFrame(settle));
+  window.addEventListener("resize", () => requestAnimationFrame(settle));
   text.addEventListener("focusin", (event) => tokenOf(event) && show(Number(tokenOf(event))));
   text.addEventListener("click", (event) => tokenOf(event) && select(Number(tokenOf(event)), true));
   text.addEventListener("mouseover", (event) => tokenOf(event) && show(Number(tokenOf(event))));
@@ -229,6 +306,7 @@
 
   domainBox.add(new Option("all", "-1"));
   view.domains.forEach((name, index) => domainBox.add(new Option(name, String(index))));
+  window.addEventListener("beforeprint", () => state.blocks.slice(0, 4).forEach(fill));
   layerBox.add(new Option("mean over layers", "-1"));
   for (let layer = 0; layer < view.layers; layer++) layerBox.add(new Option(String(layer), String(layer)));
   drawLegend();

@@ -1,4 +1,4 @@
-"""Commands that read a composite: eval, trace, report."""
+"""Commands that read a composite: eval, trace."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -89,6 +89,10 @@ def trace(
     out: Annotated[Path, typer.Option(help="New folder for the trace.")],
     windows: Annotated[int, typer.Option(help="Windows a domain.", min=1)] = 64,
     context_length: Context = 512,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 8,
+    new_tokens: Annotated[
+        int, typer.Option(help="Also write so many tokens after each window, and trace them.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Record which experts every token of labelled text went to."""
@@ -103,26 +107,9 @@ def trace(
         out,
         context_length=context_length,
         windows=windows,
+        batch_size=batch_size,
+        new_tokens=new_tokens,
         progress=ConsoleProgress(),
     )
     summary = summarise(Trace.open(folder))
     show(summary.to_dict(), [routing_table(summary)], as_json)
-
-
-@app.command(rich_help_panel=READING)
-def report(
-    trace: Annotated[Path, typer.Argument(help="Folder of a trace.")],
-    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
-    results: Annotated[Path | None, typer.Option(help="results.json with the controls.")] = None,
-    as_json: Json = False,
-) -> None:
-    """A self-contained HTML page: who handled what, is it real, what did it cost."""
-    from moiety.analysis import Trace, summarise
-    from moiety.analysis import report as run
-    from moiety.analysis.tables import routing_table
-    from moiety.files import read_json
-
-    run(trace, out, None if results is None else read_json(results))
-    summary = summarise(Trace.open(trace))
-    show(summary.to_dict(), [routing_table(summary)], as_json)
-    ConsoleProgress().note(f"wrote {out}")

@@ -16,8 +16,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from moiety.analysis.trace_file import HEADER, ROUTES, Header
-from moiety.analysis.trace_writer import RouteWriter
+from moiety.analysis.trace.file import HEADER, ROUTES, Header
+from moiety.analysis.trace.writer import RouteWriter
 from moiety.files import new_folder, write_json
 
 EXPERTS = 4

@@ -70,12 +70,14 @@ def data_of(page: str, name: str) -> Any:
 def test_structure(hostile: Path) -> None:
     outline = Outline(hostile.read_text())
     assert outline.tags.count("h1") == 1
-    assert outline.tags.count("h2") == 4
+    assert outline.tags.count("h2") == 6
     assert outline.tags.count("table") == 5
-    assert outline.tags.count("script") == 5
+    assert outline.tags.count("script") == 6
     assert len(outline.ids) == len(set(outline.ids))
-    for name in ("controls", "where", "tokens", "methods", "share", "information", "own", "text"):
+    for name in ("controls", "where", "words", "tokens", "methods", "text"):
         assert name in outline.ids
+    for name in ("share", "information", "own", "token-identity", "distances", "flow", "positions"):
+        assert {name, f"{name}-title", f"{name}-summary"} <= set(outline.ids)
 
 
 def test_nothing_is_fetched_and_no_markup_comes_from_data(hostile: Path) -> None:
@@ -113,7 +115,7 @@ def test_view_is_bounded_and_shared_by_domains(plant: Callable[..., Path], tmp_p
     for document in view["documents"]:
         sizes[document["domain"]] += len(document["tokens"])
     assert sizes == [25] * 4
-    assert "Showing 100 of 480 tokens" in out.read_text()
+    assert "Showing 100 of 480 tokens, from 8 of 24 documents" in out.read_text()
 
 
 def test_report_without_results_or_own_experts(plant: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Tables say what results hold, and no more."""
 
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
@@ -17,7 +18,7 @@ from moiety.analysis.tables import (
     routing_table,
     size,
 )
-from moiety.analysis.trace_file import Trace
+from moiety.analysis.trace.file import Trace
 from moiety.analysis.visible import visible, visible_line
 from moiety.errors import InputError
 
@@ -114,7 +115,7 @@ def test_headline_says_what_the_numbers_say(plant: Any) -> None:
     summary = summarise(Trace.open(plant()))
     assert verdict(summary) == "Experts specialise strongly by domain"
     text = " ".join(findings(summary, RESULTS))
-    assert "p = 0.005" in text
+    assert "p = 0.001" in text
     assert "75% of the gap" in text
     assert "55% of the 2 GB" in text
     assert [value for value, _ in key_figures(summary, RESULTS)] == ["1.00", "100%", "1.750", "55%"]
@@ -123,6 +124,15 @@ def test_headline_says_what_the_numbers_say(plant: Any) -> None:
 def test_headline_admits_no_evidence(plant: Any) -> None:
     summary = summarise(Trace.open(plant(purity=0.0)))
     assert verdict(summary).startswith("No evidence")
+
+
+def test_headline_does_not_sell_vocabulary_as_domain(plant: Any) -> None:
+    summary = summarise(Trace.open(plant()))
+    conditional = replace(summary.vocabulary.conditional, p_value=0.4)
+    told = replace(summary, vocabulary=replace(summary.vocabulary, conditional=conditional))
+    assert verdict(told) == (
+        "Experts specialise strongly by vocabulary; no more of the domain is shown"
+    )
 
 
 def test_headline_admits_too_few_documents(plant: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from moiety.analysis.trace import Trace, trace_model
-from moiety.analysis.trace_file import HEADER, ROUTES
+from moiety.analysis.trace.file import HEADER, ROUTES
 from moiety.errors import InputError, OutputError
 from moiety.routers.gates import find_gates, forced, uniform
 from moiety.text import Windows, token_windows
@@ -100,7 +100,7 @@ def test_texts_join_to_the_documents(traced: Trace) -> None:
     "text", ["🌞🌞 漢字", "naïve ﷽ 👩‍👩‍👧", "plain", "\N{REPLACEMENT CHARACTER}x"]
 )
 def test_pieces_of_a_whole_window_join_exactly(tokenizer: Any, text: str) -> None:
-    from moiety.analysis.pieces import Pieces
+    from moiety.analysis.trace.pieces import Pieces
 
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     pieces = Pieces(tokenizer)([tokenizer.bos_token_id, *ids])

@@ -79,6 +79,19 @@ def test_prune_eval_trace_and_report(world: Any, built: Path, tmp_path: Path) ->
     out, log = moiety("report", tmp_path / "t", "--out", tmp_path / "report.html")
     assert "letters" in out and "report.html" in log
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    out, log = moiety("report", tmp_path / "t", "--terminal")
+    assert "Methods and caveats" in out and "wrote" not in log
+    moiety("report", tmp_path / "t", tmp_path / "t", "--out", tmp_path / "both.md")
+    assert "The same tokens" in (tmp_path / "both.md").read_text()
+
+
+def test_plan_of_a_composite_and_of_its_recipe(built: Path) -> None:
+    out, _ = moiety("plan", built, "--gpu", "16GB", "--bandwidth", "500GB/s")
+    assert "experts" in out and "2:4 int4" in out and "yes" in out
+    recipe = json.loads(moiety("plan", built.with_name("recipe.yaml"), "--json")[0])
+    composite = json.loads(moiety("plan", built, "--json")[0])
+    assert recipe["experts"] == composite["experts"] == 3
+    assert recipe["uses"][0]["weights"] == composite["uses"][0]["weights"]
 
 
 def test_route_prints_exactly_the_gates(world: Any, built: Path) -> None:

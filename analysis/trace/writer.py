@@ -8,7 +8,7 @@ import numpy
 import pyarrow
 import pyarrow.parquet
 
-from moiety.analysis.trace_file import schema
+from moiety.analysis.trace.file import PHASES, schema
 
 ROWS_A_GROUP = 65_536
 
@@ -37,7 +37,7 @@ class RouteWriter:
         self._file.close()
 
     def add(self, domain: str, columns: dict[str, Any]) -> None:
-        """Append the rows of one batch: `columns` of the schema but domain and phase."""
+        """Append the rows of one batch: `columns` of the schema but domain; no phase is prefill."""
         layers = columns["entropy"].shape[1]
         active = columns["experts"].shape[1] // layers
         if self._file is None:
@@ -56,12 +56,19 @@ class RouteWriter:
         self._held = []
 
 
+def _phases(code_T: Any, rows: int) -> pyarrow.DictionaryArray:
+    codes = numpy.zeros(rows, numpy.int32) if code_T is None else code_T
+    return pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array(codes, pyarrow.int32()), pyarrow.array(PHASES)
+    )
+
+
 def _table(domain: str, columns: dict[str, Any], expected: pyarrow.Schema) -> pyarrow.Table:
     rows = len(columns["text"])
     arrays: dict[str, Any] = {
         **columns,
         "domain": pyarrow.array([domain] * rows).dictionary_encode(),
-        "phase": pyarrow.array(["prefill"] * rows).dictionary_encode(),
+        "phase": _phases(columns.get("phase"), rows),
         "loss": pyarrow.array(columns["loss"], mask=numpy.isnan(columns["loss"])),
     }
     for name in ("experts", "weights", "entropy"):

@@ -3,7 +3,7 @@
 T tokens, L routed layers, A active experts, E experts.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ FORMAT = "moiety.trace"
 VERSION = 1
 ROUTES = "routes.parquet"
 HEADER = "trace.json"
+PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ def schema(layers: int, active: int) -> pyarrow.Schema:
 class Trace:
     """Recorded routes of labelled documents.
 
-    `domain_T` indexes `header.domains`; `document_T` is unique across domains; `window_T` counts
+    `domain_T` indexes `header.domains`, `phase_T` PHASES; `document_T` is unique across domains; `window_T` counts
     the windows of a document and `position_T` the tokens of a window, both from 0; `loss_T` is
     in nats and NaN for the first token of a window; `experts_TLA` and `weights_TLA` are best
     weight first; `entropy_TL` is that of the gate's softmax over all experts, in nats.
@@ -85,6 +86,7 @@ class Trace:
     header: Header
     document_T: NDArray[numpy.int32]
     domain_T: NDArray[numpy.int32]
+    phase_T: NDArray[numpy.int32]
     window_T: NDArray[numpy.int32]
     position_T: NDArray[numpy.int32]
     token_id_T: NDArray[numpy.int32]
@@ -110,6 +112,26 @@ class Trace:
         trace = cls(header=header, **_columns(table, header))
         _check(trace, path)
         return trace
+
+    def rows(self, rows: NDArray[numpy.intp]) -> "Trace":
+        """The trace of some rows, in that order; domains without any stay named."""
+        counts = numpy.bincount(self.domain_T[rows], minlength=len(self.header.domains))
+        columns = {
+            column.name: getattr(self, column.name)[rows]
+            for column in fields(self)
+            if column.name not in ("header", "text_T")
+        }
+        tokens = dict(zip(self.header.domains, counts.tolist(), strict=True))
+        text_T = self.text_T.take(pyarrow.array(rows))
+        return Trace(header=replace(self.header, tokens=tokens), text_T=text_T, **columns)
+
+    def phase(self, name: str) -> "Trace":
+        """The rows of one phase, `prefill` or `decode`; InputError when there are none."""
+        if name not in PHASES or not (self.phase_T == PHASES.index(name)).any():
+            raise InputError(
+                f"expected rows of a phase of {PHASES}, but there are none of {name!r}"
+            )
+        return self.rows(numpy.flatnonzero(self.phase_T == PHASES.index(name)))
 
     def texts(self, rows: NDArray[numpy.intp]) -> list[str]:
         """The text pieces of some rows."""
@@ -182,7 +204,8 @@ def _columns(table: pyarrow.Table, header: Header) -> dict[str, Any]:
     layers, active = len(header.layers), header.active
     return {
         "document_T": table.column("document").to_numpy(),
-        "domain_T": _domain_codes(table.column("domain"), header.domains),
+        "domain_T": _codes(table.column("domain"), header.domains),
+        "phase_T": _codes(table.column("phase"), PHASES),
         "window_T": table.column("window").to_numpy(),
         "position_T": table.column("position").to_numpy(),
         "token_id_T": table.column("token_id").to_numpy(),
@@ -194,9 +217,9 @@ def _columns(table: pyarrow.Table, header: Header) -> dict[str, Any]:
     }
 
 
-def _domain_codes(column: pyarrow.ChunkedArray, domains: tuple[str, ...]) -> NDArray[numpy.int32]:
+def _codes(column: pyarrow.ChunkedArray, words: tuple[str, ...]) -> NDArray[numpy.int32]:
     names = column.unify_dictionaries().combine_chunks()
-    known = {name: code for code, name in enumerate(domains)}
+    known = {name: code for code, name in enumerate(words)}
     codes = [known.get(name, -1) for name in names.dictionary.to_pylist()]
     return numpy.array(codes, dtype=numpy.int32)[names.indices.to_numpy()]
 
@@ -214,6 +237,8 @@ def _check(trace: Trace, path: Path) -> None:
             f"expected the tokens {header.tokens} in {path}, but there are {counts} "
             f"in {len(trace)} rows; is {ROUTES} from another trace?"
         )
+    if trace.phase_T.min() < 0:
+        raise InputError(f"expected the phases {', '.join(PHASES)} in {path}, but there are others")
     low, high = int(trace.experts_TLA.min()), int(trace.experts_TLA.max())
     if low < 0 or high >= len(header.experts):
         raise InputError(
