@@ -1,6 +1,7 @@
 """What only one kind of composite asks for, and patterns that do not fit the matrices."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from moiety.compose.merge import check_merging
 from moiety.compose.merged.checks import check_merge
@@ -46,6 +47,7 @@ def _pattern(recipe: Recipe, base: Checkpoint) -> Iterator[Finding]:
             f"prune.sites: expected linear layers at {recipe.sites}, but the base has none; "
             "name others"
         )
-    pattern = Pattern.parse(recipe.prune.pattern)
-    for width in sorted({columns for _, columns in matrices.values()}):
-        yield from problems_of("prune.pattern", lambda width=width: pattern.check_width(width))
+    for pattern in map(Pattern.parse, recipe.patterns):
+        for width in sorted({columns for _, columns in matrices.values()}):
+            fits = partial(pattern.check_width, width)
+            yield from problems_of("prune.pattern", fits)
