@@ -2,15 +2,18 @@
 
     python -m benchmarks.compose_memory [--json FILE] [--layers 18] [--kinds "mixture;ensemble"]
 
-Writes a randomly initialised Llama (2048 / 5504, bf16; 1.04 B parameters with 18 blocks) and four
-finetunes of it into a scratch folder, prunes them by magnitude, and composes them in a process of
-its own for every kind, whose peak resident memory is read before and after. What only some
-composites need is left out: choosing a shared part and learning gates, for which the composite
-is opened, and the checks after a build, which need it and one dense model.
+Writes a randomly initialised Llama (2048 / 5504, bf16; 1.04 B parameters with 18 blocks) and a
+finetune of it into a scratch folder, prunes that by magnitude and copies both until there are four
+(their values do not matter here, their bytes do). Every kind is then composed in a process of its
+own, whose peak resident memory is read before and after. Left out is what needs a model in memory:
+choosing a shared part and learning gates need the composite, the checks after a build one dense
+model beside it. Resident memory counts pages of the files that are read, too.
 """
 
 import argparse
+import contextlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,46 +34,52 @@ from moiety.compose.routing import RoutingBuilder
 from moiety.compose.stages import Stages
 from moiety.experts.checkpoint import Checkpoint
 from moiety.experts.companions import copy_companions
+from moiety.experts.prune import prune
 from moiety.experts.shards import write_weights
-from moiety.files import write_json
+from moiety.files import read_json, write_json
 
 NAMES = ("one", "two", "three", "four")
+SIZES = "sizes.json"
+PRUNE = {"method": "magnitude", "refit_steps": 0}
 KINDS: dict[str, dict[str, Any]] = {
     "mixture": {"kind": "mixture", "shared": "soup"},
     "routed": {"kind": "routed", "shared": "soup"},
-    "routed, whole weights": {"kind": "routed", "base": "none", "shared": "soup"},
-    "merge, shared mask": {"kind": "merge", "sparse": "shared_mask", "method": "linear"},
-    "merge, pruned again": {"kind": "merge", "sparse": "reprune", "method": "ties"},
-    "merge, conflict-aware": {"kind": "merge", "sparse": "conflict_aware", "method": "linear"},
     "ensemble": {"kind": "ensemble"},
+    "merge": {
+        "kind": "merge",
+        "sparse": "conflict_aware",
+        "method": "linear",
+        "parameters": {"weight": 1.0},
+    },
 }
-PARAMETERS = {"linear": {"weight": 1.0}, "ties": {"weight": 1.0, "density": 0.5}}
 
 
-def finetunes(folder: Path) -> None:
-    """Write four models whose every matrix differs from the base's a little."""
+def make_models(folder: Path, layers: int) -> dict[str, int]:
+    """Write the base and its finetunes; gives bytes of a block and of a model."""
+    if (folder / SIZES).is_file():
+        return read_json(folder / SIZES)
+    (folder / "base").mkdir(parents=True)
+    sizes = random_llama(folder / "base", layers)
+    write_text(folder / "text.jsonl", 8)
     base = Checkpoint(folder / "base")
 
-    def changed(number: int) -> Iterator[tuple[str, Tensor]]:
+    def changed() -> Iterator[tuple[str, Tensor]]:
         for name in base:
             tensor = base[name]
-            shift = (
-                tensor.roll(number + 1, dims=0) if tensor.ndim == 2 else torch.zeros_like(tensor)
-            )
-            yield name, tensor.add(shift, alpha=0.01)
+            yield name, tensor.add(tensor.roll(1, dims=0), alpha=0.01)
 
-    for number, name in enumerate(NAMES):
-        (folder / name).mkdir()
-        write_weights(folder / name, changed(number))
-        base.config.save_pretrained(folder / name)
-        copy_companions(base.folder, folder / name)
+    (folder / NAMES[0]).mkdir()
+    write_weights(folder / NAMES[0], changed())
+    base.config.save_pretrained(folder / NAMES[0])
+    copy_companions(base.folder, folder / NAMES[0])
+    for name in NAMES[1:]:
+        shutil.copytree(folder / NAMES[0], folder / name)
+    write_json(folder / SIZES, sizes)
+    return sizes
 
 
 def recipe_of(folder: Path, kind: str) -> Recipe:
     """The recipe of one kind; everything is pruned by magnitude, which looks at no text."""
-    compose = dict(KINDS[kind])
-    if compose["kind"] == "merge":
-        compose["parameters"] = PARAMETERS[compose["method"]]
     return Recipe.model_validate(
         {
             "base": str(folder / "base"),
@@ -80,56 +89,65 @@ def recipe_of(folder: Path, kind: str) -> Recipe:
             ],
             "context_length": CONTEXT,
             "calibration_windows": 8,
-            "prune": {"method": "magnitude", "refit_steps": 0},
-            "compose": compose,
+            "prune": PRUNE,
+            "compose": KINDS[kind],
         }
     )
 
 
 def child(folder: Path, kind: str, *, prune_only: bool) -> None:
-    """Prune, or compose what is pruned, and print what the parent process reads."""
-    builder = builder_of(recipe_of(folder, kind), Stages(folder / "stages"))
+    """Prune one finetune and copy it, or compose; print what the parent process reads."""
+    recipe = recipe_of(folder, kind)
+    builder = builder_of(recipe, Stages(folder / "stages"))
+    pruned = {name: folder / f"{kind}-{name}" for name in NAMES}
     if prune_only:
-        _ = builder.experts
+        first, *others = pruned.values()
+        settings = recipe.prune_settings()
+        prune(folder / NAMES[0], first, folder / "text.jsonl", settings, base=builder.pruned_from)
+        for other in others:
+            shutil.copytree(first, other, dirs_exist_ok=True)
+        return
+    if kind != "merge":
+        builder.experts = pruned
     before, start = peak(), time.perf_counter()
     out = folder / "out"
-    if not prune_only:
-        out.mkdir()
-        if isinstance(builder, RoutingBuilder):
-            builder.assemble(out, builder.shared_tensors, None)
-        else:
-            builder.write(out)
+    out.mkdir()
+    if isinstance(builder, RoutingBuilder):
+        builder.assemble(out, builder.shared_tensors, None)
+    else:
+        builder.write(out)
     values = {"seconds": time.perf_counter() - start, "peak": peak(), "before": before}
     print(json.dumps(values))
 
 
-def run_child(folder: Path, kind: str, *, prune_only: bool) -> dict[str, Any]:
-    """One step in a process of its own."""
+def run_child(folder: Path, kind: str, *more: str) -> str:
+    """What one step, in a process of its own, prints last."""
     command = [sys.executable, "-m", "benchmarks.compose_memory", "--child", str(folder)]
-    command += ["--kinds", kind, *(["--prune-only"] if prune_only else [])]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    done = subprocess.run(
+        [*command, "--kinds", kind, *more], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return done.stdout.strip().rpartition("\n")[2]
 
 
-def measure(kinds: list[str], layers: int) -> dict[str, Any]:
+def measure(kinds: list[str], layers: int, keep: Path | None) -> dict[str, Any]:
     """Make the models, compose them in every way, put the figures together."""
-    with tempfile.TemporaryDirectory(prefix="moiety-memory-") as name:
-        folder = Path(name)
-        (folder / "base").mkdir()
-        sizes = random_llama(folder / "base", layers)
-        write_text(folder / "text.jsonl", 8)
-        finetunes(folder)
+    with contextlib.ExitStack() as stack:
+        scratch = tempfile.TemporaryDirectory(prefix="moiety-memory-")
+        folder = Path(stack.enter_context(scratch)) if keep is None else keep
+        sizes = make_models(folder, layers)
         rows: dict[str, Any] = {}
         for kind in kinds:
-            run_child(folder, kind, prune_only=True)
-            found = run_child(folder, kind, prune_only=False)
+            if kind != "merge" and not (folder / f"{kind}-{NAMES[-1]}").is_dir():
+                run_child(folder, kind, "--prune-only")
+            found = json.loads(run_child(folder, kind))
             written = sum(file.stat().st_size for file in (folder / "out").glob("*.safetensors"))
             rows[kind] = {
                 "own_peak_bytes": found["peak"] - found["before"],
                 "composite_bytes": written,
                 "seconds": found["seconds"],
             }
-            subprocess.run(["rm", "-r", str(folder / "out")], check=True)
+            print(kind, rows[kind], file=sys.stderr, flush=True)
+            shutil.rmtree(folder / "out")
     return {
         "parameters": sizes["parameters"],
         "model_bytes": sizes["model"],
@@ -144,6 +162,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--layers", type=int, default=18)
     parser.add_argument("--kinds", help="separated by semicolons; default: all")
+    parser.add_argument("--folder", type=Path, help="keep the models here for another run")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--prune-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -151,7 +170,7 @@ def main() -> None:
     if arguments.child:
         child(arguments.child, kinds[0], prune_only=arguments.prune_only)
         return
-    found = measure(kinds, arguments.layers)
+    found = measure(kinds, arguments.layers, arguments.folder)
     title = f"peak memory of composing {len(NAMES)} finetunes of {found['parameters']:,} parameters"
     table = Table("kind", "own peak", "base and finetunes", "composite", title=title)
     everything = (1 + len(NAMES)) * found["model_bytes"]

@@ -191,7 +191,11 @@ class Recipe(Part):
 
 
 def _check_named(field: str, given: Iterable[str], names: list[str]) -> None:
-    if unknown := sorted(set(given) - set(names)):
+    """Weights that are given at all must be given for every expert and for nobody else."""
+    given = set(given)
+    if unknown := sorted(given - set(names)):
         raise ValueError(
             f"{field} must be by the experts' names ({', '.join(names)}), but it has {unknown[0]!r}"
         )
+    if given and (silent := [name for name in names if name not in given]):
+        raise ValueError(f"{field} must name every expert, but {silent[0]} has none")

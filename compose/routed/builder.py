@@ -85,7 +85,7 @@ class RoutedBuilder(RoutingBuilder):
         if f"{name}.weight" in architecture.tied:
             raise InputError(
                 "expected a head of its own for head: routed, but this base ties it to the "
-                "embeddings; route the embeddings, or leave both in the shared part"
+                "embeddings; leave both in the shared part"
             )
         return name
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from moiety.compose import Recipe, build
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 IDS = torch.arange(3, 43).reshape(2, 20)
 MASK = torch.ones_like(IDS)
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}

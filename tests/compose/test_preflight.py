@@ -61,7 +61,7 @@ def test_a_good_recipe_has_nothing_to_say(world: Any) -> None:
             "rope_parameters is .*500.*restore it there",
         ),
         ("tie_word_embeddings", False, "tie_word_embeddings is False .*save the tied one again"),
-        ("vocab_size", 400, "vocab_size is 400 where the base has .*mergekit-yaml"),
+        ("vocab_size", 400, "vocab_size is 400 where the base has .*tokenizer: union"),
     ],
 )
 def test_configurations_that_differ(
@@ -196,6 +196,7 @@ def test_the_base_itself(world: Any, tmp_path: Path) -> None:
         ({"kind": "merge", "parameters": {"weight": {"letters": 1}}}, {}, "numbers"),
         ({"shared": {"method": "ties"}}, {}, "compose.shared: ties needs the parameter weight"),
         ({"kind": "ensemble"}, {"sites": "*.w9_proj"}, "prune.sites: expected linear layers"),
+        ({"kind": "routed", "embeddings": "routed"}, {}, "compose.embeddings: .*ties it"),
     ],
     ids=str,
 )
@@ -205,6 +206,17 @@ def test_what_one_kind_asks_for(
     found = looked(world, compose=compose, prune=prune)
     assert found.problems, message
     assert re.search(message, "\n".join(found.problems))
+
+
+@pytest.mark.parametrize(
+    ("route", "message"),
+    [({"init": "arrow"}, "route.init"), ({"balance": "bias"}, "route.balance")],
+)
+def test_what_the_gates_cannot_learn(world: Any, route: dict[str, Any], message: str) -> None:
+    router = {"kind": "sigmoid", "score": "absolute"}
+    for compose, told in (({}, True), ({"kind": "routed", "router": router}, False)):
+        found = looked(world, compose=compose, route=route)
+        assert any(message in problem for problem in found.problems) == told
 
 
 def test_a_base_of_another_architecture(world: Any, tmp_path: Path) -> None:
