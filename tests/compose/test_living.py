@@ -91,7 +91,7 @@ def test_lora_learns_on_top_and_comes_off(
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < losses[0]
-    adapted.save_pretrained(tmp_path)
+    adapted.save_pretrained(str(tmp_path))
     again: Any = PeftModel.from_pretrained(opened(folders[kind]), tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(again(IDS).logits, adapted.eval()(IDS).logits)

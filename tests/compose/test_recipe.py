@@ -81,12 +81,12 @@ def test_a_mistake_names_its_line_and_field(
         read(tmp_path, GOOD.replace(old, new, 1))
 
 
-@pytest.mark.parametrize(("text", "pattern"), [("0.5", "0.5"), ("50%", "50%"), ("4:8", "4:8")])
 def test_a_kind_may_stand_alone(tmp_path: Path) -> None:
     text = GOOD.replace("compose:\n  kind: mixture\n  top_k: 1\n", "compose: ensemble\n")
     assert read(tmp_path, text).compose == Ensemble()
 
 
+@pytest.mark.parametrize(("text", "pattern"), [("0.5", "0.5"), ("50%", "50%"), ("4:8", "4:8")])
 def test_every_pattern_can_be_written_plainly(tmp_path: Path, text: str, pattern: str) -> None:
     recipe = read(tmp_path, GOOD.replace("2:4", f"{text}\n  values: int8"))
     assert (recipe.prune.pattern, recipe.prune.values) == (pattern, "int8")
