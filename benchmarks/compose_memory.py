@@ -3,7 +3,7 @@
     python -m benchmarks.compose_memory [--json FILE] [--layers 18] [--kinds "mixture;ensemble"]
 
 Writes a randomly initialised Llama (2048 / 5504, bf16; 1.04 B parameters with 18 blocks) and a
-finetune of it into a scratch folder, prunes that by magnitude and copies both until there are four
+finetune of it into a scratch folder, packs that by magnitude and copies both until there are four
 (their values do not matter here, their bytes do). Every kind is then composed in a process of its
 own, whose peak resident memory is read before and after. Left out is what needs a model in memory:
 choosing a shared part and learning gates need the composite, the checks after a build one dense
@@ -30,11 +30,12 @@ from torch import Tensor
 from benchmarks.prune_memory import CONTEXT, MIB, peak, random_llama, write_text
 from moiety.compose import Recipe
 from moiety.compose.kinds import builder_of
+from moiety.compose.merged.packed import modules_at, write_packed
 from moiety.compose.routing import RoutingBuilder
 from moiety.compose.stages import Stages
 from moiety.experts.checkpoint import Checkpoint
 from moiety.experts.companions import copy_companions
-from moiety.experts.prune import prune
+from moiety.experts.pattern import Pattern
 from moiety.experts.shards import write_weights
 from moiety.files import read_json, write_json
 
@@ -95,6 +96,25 @@ def recipe_of(folder: Path, kind: str) -> Recipe:
     )
 
 
+def prune_one(folder: Path, recipe: Recipe, out: Path, *, delta: bool) -> None:
+    """Keep the two largest of every four weights, or differences to the base, of one finetune."""
+    base, finetune = Checkpoint(folder / "base"), Checkpoint(folder / NAMES[0])
+    settings, modules = recipe.prune_settings(), modules_at(base.config, recipe.sites)
+    pattern, packed = Pattern.parse(settings.pattern), {f"{module}.weight" for module in modules}
+
+    def tensors() -> Iterator[tuple[str, tuple[Tensor, Tensor | None]]]:
+        for name in finetune:
+            if name not in packed:
+                yield name, (finetune[name], None)
+                continue
+            weight_OI = finetune[name].float() - (base[name].float() if delta else 0)
+            mask_OI = pattern.mask(weight_OI.abs())
+            yield name, (weight_OI * mask_OI, mask_OI)
+
+    out.mkdir()
+    write_packed(out, base, tensors(), modules, settings, task_vector=delta)
+
+
 def child(folder: Path, kind: str, *, prune_only: bool) -> None:
     """Prune one finetune and copy it, or compose; print what the parent process reads."""
     recipe = recipe_of(folder, kind)
@@ -102,10 +122,9 @@ def child(folder: Path, kind: str, *, prune_only: bool) -> None:
     pruned = {name: folder / f"{kind}-{name}" for name in NAMES}
     if prune_only:
         first, *others = pruned.values()
-        settings = recipe.prune_settings()
-        prune(folder / NAMES[0], first, folder / "text.jsonl", settings, base=builder.pruned_from)
+        prune_one(folder, recipe, first, delta=builder.pruned_from is not None)
         for other in others:
-            shutil.copytree(first, other, dirs_exist_ok=True)
+            shutil.copytree(first, other)
         return
     if kind != "merge":
         builder.experts = pruned
