@@ -20,13 +20,12 @@ from moiety.analysis.evaluate import (
     router_scores,
     speed,
 )
-from moiety.compose import merge
 from moiety.compose.composite import Composite, open_composite
 from moiety.compose.ensemble import EnsembleForCausalLM
 from moiety.compose.kinds import builder_of
 from moiety.compose.opening import open_any
 from moiety.compose.recipe import Recipe
-from moiety.compose.shared import WEIGHTS, replace_shared
+from moiety.compose.shared import WEIGHTS, Candidate, replace_shared
 from moiety.compose.stages import Stages
 from moiety.errors import InputError
 from moiety.experts.checkpoint import digest_of_model
@@ -159,10 +158,9 @@ class Controls:
         self._measure("base", model)
         self.speeds["base"] = speed(model)
         self.merge_weight = self._best_weight(model)
-        replace_shared(model, merge.soup(finetunes, merge.everything))
+        replace_shared(model, Candidate("soup").tensors(base, finetunes, self.builder.is_known))
         self._measure("soup", model)
-        merged = merge.task_arithmetic(base, finetunes, self.merge_weight, merge.everything)
-        replace_shared(model, merged)
+        self._add_task_vectors(model, self.merge_weight)
         self._measure("task_arithmetic", model)
 
     def _best_weight(self, model: PreTrainedModel) -> float:
@@ -170,18 +168,23 @@ class Controls:
         data = {n: w.select(slice(TUNING_WINDOWS)) for n, w in self.builder.calibration.items()}
         losses: dict[float, float] = {}
         for weight in WEIGHTS:
-            base, finetunes = self.builder.base, self.builder.finetunes
-            replace_shared(model, merge.task_arithmetic(base, finetunes, weight, merge.everything))
+            self._add_task_vectors(model, weight)
             scores = domain_scores(model, data, self.recipe.batch_size)
             losses[weight] = sum(score.loss for score in scores.values())
         return min(losses, key=lambda weight: losses[weight])
 
+    def _add_task_vectors(self, model: PreTrainedModel, weight: float) -> None:
+        base, finetunes = self.builder.base, self.builder.finetunes
+        candidate = Candidate("task_arithmetic", weight)
+        replace_shared(model, candidate.tensors(base, finetunes, self.builder.is_known))
+
     def _own_models(self) -> None:
-        """Each finetune and each sparse expert on its own domain."""
+        """Each finetune and each sparse expert, if there are any, on its own domain."""
         for name in self.recipe.names:
             own = {name: self.heldout[name]}
             self._measure("finetune", open_any(self.builder.finetunes[name].folder).model, own)
-            self._measure("expert", self.builder.open_expert(name), own)
+            if name in self.builder.experts:
+                self._measure("expert", self.builder.open_expert(name), own)
 
     def _dense_composite(self) -> None:
         with tempfile.TemporaryDirectory(dir=self.work, prefix=".dense.") as folder:

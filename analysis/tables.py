@@ -33,6 +33,8 @@ ROWS = {
     "routed": "routed deltas of every linear instead, learned router",
     "routed_oracle": "routed deltas of every linear instead, oracle route",
 }
+ROUTELESS = {"composite_dense": "the same merge, unpruned", "composite": "merge"}
+"""Labels of what has no router, and so no rows of a router's controls."""
 MEASURES = {
     "loss": ("Loss, nats per token", "{:.3f}"),
     "bits_per_byte": ("Bits per byte", "{:.3f}"),
@@ -99,7 +101,7 @@ def controls_table(results: Mapping[str, Any], measure: str = "loss") -> Table:
     domains = _domains(results, values)
     rows = [
         (label, *_row(section(values, key), domains, form, f"{measure}.{key}"))
-        for key, label in _labelled(values, ROWS)
+        for key, label in _labelled(values, ROWS if _routes(results) else {**ROWS, **ROUTELESS})
     ]
     columns = ("model and route", *(visible_line(name) for name in domains), "mean")
     shown = len(columns) if len(domains) > 1 else 2
@@ -111,6 +113,10 @@ def controls_table(results: Mapping[str, Any], measure: str = "loss") -> Table:
         rows=tuple(row[:shown] for row in rows),
         note=visible_line(note),
     )
+
+
+def _routes(results: Mapping[str, Any]) -> bool:
+    return any("uniform" in (results.get(measure) or {}) for measure in MEASURES)
 
 
 def resources_table(results: Mapping[str, Any]) -> Table:

@@ -3,8 +3,9 @@
 Each stage is a folder named by the digest of its inputs, made when first asked for.
 """
 
+import re
 from abc import ABC, abstractmethod
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 import moiety.experts.quantizer  # noqa: F401
 from moiety.compose.recipe import Expert, Recipe
 from moiety.compose.stages import Stages
-from moiety.experts.checkpoint import Checkpoint
+from moiety.compose.union import unite
+from moiety.errors import InputError
+from moiety.experts.architecture import Architecture
+from moiety.experts.checkpoint import Checkpoint, digest_of_model
 from moiety.experts.preflight import load_tokenizer
 from moiety.experts.prune import prune
 from moiety.experts.source import resolve
@@ -33,14 +37,25 @@ class Builder(ABC):
         self.recipe = recipe
         self.stages = stages
         self.progress = progress
-        self.base = Checkpoint(recipe.base)
-        self.finetunes = {
-            expert.name: Checkpoint(
-                resolve(expert.model, stages.folder / "merged", recipe.base, progress)
-            )
+        given = Checkpoint(recipe.base)
+        each = [
+            Checkpoint(resolve(expert.model, stages.folder / "merged", recipe.base, progress))
             for expert in recipe.experts
-        }
+        ]
+        self.base, *found = (
+            self._united([given, *each]) if recipe.tokenizer == "union" else [given, *each]
+        )
+        self.finetunes = dict(zip(recipe.names, found, strict=True))
         self.tokenizer = load_tokenizer(self.base.folder)
+
+    def _united(self, models: list[Checkpoint]) -> list[Checkpoint]:
+        """The models with one tokenizer; InputError if they are only looked for and not there."""
+        folders = [model.folder for model in models]
+        inputs = {"version": __version__, "models": list(map(digest_of_model, folders))}
+        made = self.stages.run("union", inputs, partial(unite, folders, progress=self.progress))
+        if not made.is_dir():
+            raise InputError(f"expected the models with one tokenizer in {made}, but it is absent")
+        return [Checkpoint(made / str(number)) for number in range(len(models))]
 
     @abstractmethod
     def write(self, folder: Path, *, dense: bool = False) -> None:
@@ -52,6 +67,22 @@ class Builder(ABC):
     @abstractmethod
     def facts(self) -> dict[str, Any]:
         """What was chosen and learned on the way, JSON-like; after `write`."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Any]:
+        """Where every tensor of `base` and of all `experts` went (moiety.compose.account)."""
+
+    def is_known(self, name: str) -> bool:
+        """Whether the base's architecture has a tensor, be it part of a packed one.
+
+        Others, which a checkpoint may hold all the same, are in no composite.
+        """
+        return re.sub(r"(?<=weight)(_mask|_scale)$", "", name) in self._known
+
+    @cached_property
+    def _known(self) -> set[str]:
+        architecture = Architecture(self.base.config)
+        return {*architecture.shapes, *architecture.tied}
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
@@ -69,7 +100,9 @@ class Builder(ABC):
     def key(self) -> str:
         """Digest of everything the composite hangs on."""
         settings = self.recipe.model_dump(exclude={"base", "experts", "evaluate"})
-        return digest({"inputs": self.inputs, "names": self.recipe.names, "settings": settings})
+        own = {e.name: e.prune.model_dump() for e in self.recipe.experts if e.prune is not None}
+        names = self.recipe.names
+        return digest({"inputs": self.inputs, "names": names, "settings": settings, "own": own})
 
     @cached_property
     def calibration(self) -> dict[str, Windows]:
@@ -95,7 +128,7 @@ class Builder(ABC):
         return None
 
     def _expert(self, expert: Expert) -> Path:
-        settings, base = self.recipe.prune_settings(), self.pruned_from
+        settings, base = self.recipe.prune_settings(expert), self.pruned_from
         inputs = {
             "version": __version__,
             "model": self.inputs["models"][expert.name],

@@ -55,7 +55,7 @@ def build(
             recipe.compose.kind,
             out,
             builder.experts,
-            builder.facts(),
+            {**builder.facts(), "tensors": builder.tensors()},
             dict(builder.stages.seconds),
             [invariant.to_dict() for invariant in invariants],
         )

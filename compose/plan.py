@@ -130,6 +130,9 @@ Cost = tuple[str, int, int, int, float]
 
 def _costs(recipe: Recipe, sizes: Sizes, total: int) -> Iterator[Cost]:
     work, kind, count = Work(recipe, sizes), recipe.compose, len(recipe.experts)
+    if recipe.tokenizer == "union":
+        models = count + 1
+        yield "union", sizes.dense * models**2, sizes.dense * models, sizes.block_fp32, 0.0
     if isinstance(kind, Merge):
         yield from _merge_costs(recipe, kind, work, total)
     else:
@@ -203,8 +206,13 @@ def finished_stages(recipe: Recipe, work: Path) -> set[str]:
     ready = [expert for expert in recipe.experts if _is_merged(expert.model, recipe.base, work)]
     if maker is None or not ready or not work.is_dir():
         return set()
+    if recipe.tokenizer == "union" and len(ready) < len(recipe.experts):
+        return set()
     seen = _Seen(work)
-    builder = maker(recipe.model_copy(update={"experts": ready}), seen)
+    try:
+        builder = maker(recipe.model_copy(update={"experts": ready}), seen)
+    except InputError:
+        return seen.done
     _ = builder.experts
     if len(ready) == len(recipe.experts):
         _ask(builder)

@@ -10,7 +10,8 @@ class BuildReport:
     """Where everything is and what was chosen; also written to `build.json` in the composite.
 
     `facts` depend on the kind, such as `shared` (where the shared part comes from) and
-    `gate_parameters` (all that was trained).
+    `gate_parameters` (all that was trained); `tensors` says where every tensor of every input went
+    (moiety.compose.account).
     """
 
     key: str

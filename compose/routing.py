@@ -11,10 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moiety.compose import shared
+from moiety.compose.account import Use
 from moiety.compose.builder import Builder
 from moiety.compose.composite import Composite, gate_weights, open_composite
 from moiety.compose.learning import route_model
 from moiety.compose.recipe import Mixture, Routed
+from moiety.experts.checkpoint import Checkpoint
+from moiety.experts.shards import write_weights
 from moiety.files import read_json, write_json
 
 
@@ -53,16 +56,25 @@ class RoutingBuilder(Builder):
         """Run what is not done yet and write the composite into an empty folder."""
         self.assemble(folder, self.shared_tensors, self.gates, dense=dense)
 
+    @property
+    def source(self) -> str:
+        """Where the shared part comes from."""
+        return read_json(self.chosen / "choice.json")["chosen"]
+
+    def use_of_shared(self, owner: str | None) -> Use:
+        """What became of the shared tensors of one expert, or of the base (None)."""
+        return shared.use_of(self.source, owner, self.recipe.names)
+
     def facts(self) -> dict[str, Any]:
         """Where the shared part comes from and how many parameters were trained."""
         return {
-            "shared": read_json(self.chosen / "choice.json")["chosen"],
+            "shared": self.source,
             "gate_parameters": read_json(self.routed / "route.json")["parameters"],
         }
 
     @cached_property
     def chosen(self) -> Path:
-        """Folder of the shared part: `shared.safetensors` and `choice.json`."""
+        """Folder of the shared part: `shared` with its tensors, and `choice.json`."""
         settings = {
             **self.settings.model_dump(exclude={"top_k", "router"}),
             "seed": self.recipe.seed,
@@ -84,10 +96,8 @@ class RoutingBuilder(Builder):
                 self.progress,
             )
         best = min(losses, key=lambda candidate: losses[candidate])
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self._tensors(best).items()},
-            scratch / "shared.safetensors",
-        )
+        (scratch / "shared").mkdir()
+        write_weights(scratch / "shared", self._tensors(best).items())
         write_json(
             scratch / "choice.json",
             {
@@ -107,10 +117,10 @@ class RoutingBuilder(Builder):
         shutil.rmtree(folder)
         return composite
 
-    @property
-    def shared_tensors(self) -> dict[str, Tensor]:
-        """The chosen shared part."""
-        return load_file(self.chosen / "shared.safetensors")
+    @cached_property
+    def shared_tensors(self) -> Mapping[str, Tensor]:
+        """The chosen shared part, each tensor read when it is asked for."""
+        return Checkpoint(self.chosen / "shared")
 
     @cached_property
     def routed(self) -> Path:

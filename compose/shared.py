@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from moiety.compose import merge
+from moiety.compose.account import Use
+from moiety.compose.merge.roles import BASE, roles
 from moiety.compose.recipe import Merging, Mixture, Routed
 from moiety.progress import SILENT, Progress
 from moiety.routers import find_gates, forced, one_hot
@@ -40,18 +43,42 @@ class Candidate:
         finetunes: Mapping[str, Mapping[str, Tensor]],
         keep: Callable[[str], bool],
     ) -> Mapping[str, Tensor]:
-        """The tensors whose name `keep` accepts."""
+        """The tensors whose name `keep` accepts, each made when it is asked for."""
+        names = list(filter(keep, base))
+        if self.merging is None and self.source in ("base", *finetunes):
+            return _Made(names, {"base": base, **finetunes}[self.source].__getitem__)
+        like = next(iter(finetunes.values())) if self.source == "soup" else base
+        merging = self._merging(len(finetunes))
+
+        def make(name: str) -> Tensor:
+            [(_, tensor)] = merge.streamed(like, finetunes, merging, [name], self.seed)
+            return tensor
+
+        return _Made(names, make)
+
+    def _merging(self, finetunes: int) -> Merging:
         if self.merging is not None:
-            return merge.merged(base, finetunes, self.merging, keep, self.seed)
-        if self.source in finetunes:
-            return {name: finetunes[self.source][name] for name in base if keep(name)}
-        match self.source:
-            case "base":
-                return {name: base[name] for name in base if keep(name)}
-            case "soup":
-                return merge.soup(finetunes, keep)
+            return self.merging
+        if self.source == "soup":
+            return Merging(method="linear", parameters={"weight": 1 / finetunes})
         assert self.weight is not None
-        return merge.task_arithmetic(base, finetunes, self.weight, keep)
+        return Merging(method="task_arithmetic", parameters={"weight": self.weight})
+
+
+class _Made(Mapping[str, Tensor]):
+    """Tensors that are made when they are asked for, so that never more than one is in memory."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], Tensor]) -> None:
+        self._make = {name: partial(make, name) for name in names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._make[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._make)
+
+    def __len__(self) -> int:
+        return len(self._make)
 
 
 def candidates(settings: Mixture | Routed, seed: int = 0) -> list[Candidate]:
@@ -64,6 +91,15 @@ def candidates(settings: Mixture | Routed, seed: int = 0) -> list[Candidate]:
     if settings.shared == "task_arithmetic":
         return [Candidate("task_arithmetic", settings.shared_weight)]
     return [Candidate(settings.shared)]
+
+
+def use_of(source: str, owner: str | None, names: Sequence[str]) -> Use:
+    """What became of an input's shared tensors (`owner` None: the base's) by a candidate's name."""
+    method = source.partition(" ")[0]
+    if method in ("base", *names):
+        return "used" if method == (owner or "base") else "superseded"
+    has_base = method != "soup" and roles(method, names)[0] == BASE
+    return "merged" if owner is not None or has_base else "superseded"
 
 
 def choose(

@@ -86,8 +86,8 @@ def _summary(recipe: Recipe, models: Mapping[str, str]) -> str:
 def _sparsity(recipe: Recipe) -> str:
     if isinstance(recipe.compose, Merge) and recipe.compose.sparse == "none":
         return "Nothing was pruned."
-    pattern, values = plain(recipe.prune.pattern), plain(recipe.prune.values)
-    return f"What was pruned has the pattern {pattern}, kept values in {values}."
+    patterns, values = plain(", ".join(recipe.patterns)), plain(recipe.prune.values)
+    return f"What was pruned has the pattern {patterns}, kept values in {values}."
 
 
 def _loading(fields: Mapping[str, Any]) -> list[str]:

@@ -1,8 +1,8 @@
 """Build an ensemble: every sparse finetune whole, side by side in one checkpoint."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from functools import cached_property, reduce
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from moiety.compose.account import Use, account
 from moiety.compose.builder import Builder
 from moiety.compose.ensemble.config import EnsembleConfig, full_prior
+from moiety.compose.merge import everything
 from moiety.compose.recipe import Ensemble
 from moiety.errors import InputError
 from moiety.experts.checkpoint import Checkpoint
@@ -66,7 +68,7 @@ class EnsembleBuilder(Builder):
         parts = self.finetunes if dense else self._packed
         packing = None if dense else packed_ensemble(self._packings)
         config = ensemble_config(architecture, self.recipe.names, prior, packing)
-        write_weights(folder, ensemble_tensors(parts))
+        write_weights(folder, ensemble_tensors(parts, self.is_known))
         config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         if self.generation is not None:
@@ -75,6 +77,15 @@ class EnsembleBuilder(Builder):
     def facts(self) -> dict[str, Any]:
         """The experts and their prior; nothing is trained."""
         return {"experts": self.recipe.names, "prior": self.prior, "trained_parameters": 0}
+
+    def tensors(self) -> dict[str, Any]:
+        """Where every tensor of every input went: finetunes are whole, nothing is the base's."""
+
+        def use(own: Use, name: str) -> Use:
+            return own if self.is_known(name) else "unknown"
+
+        each = {n: account(ft, partial(use, "used")) for n, ft in self.finetunes.items()}
+        return {"base": account(self.base, partial(use, "superseded")), "experts": each}
 
     @property
     def _packed(self) -> dict[str, Checkpoint]:
@@ -154,9 +165,9 @@ def packed_ensemble(experts: Mapping[str, PackedConfig | None]) -> PackedConfig 
 
 
 def ensemble_tensors(
-    experts: Mapping[str, Mapping[str, Tensor]],
+    experts: Mapping[str, Mapping[str, Tensor]], keep: Callable[[str], bool] = everything
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of every expert, one after another, under its name in the ensemble."""
+    """Every tensor that `keep` accepts of every expert in turn, under its name in the ensemble."""
     for index, tensors in enumerate(experts.values()):
-        for name in tensors:
+        for name in filter(keep, tensors):
             yield f"experts.{index}.{name}", tensors[name]

@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moiety.compose.merge import streamed
+from moiety.compose.account import Use, account
+from moiety.compose.merge import BASE, streamed
 from moiety.compose.merge.properties import coefficients
+from moiety.compose.merge.roles import roles
 from moiety.compose.merged.checks import check_merge
 from moiety.compose.merged.conflict import Contested, contest
 from moiety.compose.merged.inputs import MergeInputs
@@ -46,7 +48,7 @@ class MergeBuilder(MergeInputs):
         if not dense:
             shutil.copytree(self.made / "model", folder, dirs_exist_ok=True)
             return
-        names, seed = list(self.base), self.recipe.seed
+        names, seed = list(filter(self.is_known, self.base)), self.recipe.seed
         write_dense(
             folder, self.base, streamed(self.base, self.finetunes, self.merging, names, seed)
         )
@@ -61,6 +63,18 @@ class MergeBuilder(MergeInputs):
             **chosen,
             **read_json(self.made / "facts.json"),
         }
+
+    def tensors(self) -> dict[str, Any]:
+        """Where every tensor of every input went: into the merge, if its method takes a base."""
+        names, sparse = self.recipe.names, self.settings.sparse
+        has_base = sparse == "conflict_aware" or roles(self.settings.method, names)[0] == BASE
+
+        def use(own: Use, name: str) -> Use:
+            return own if self.is_known(name) else "unknown"
+
+        of_base = partial(use, "merged" if has_base else "superseded")
+        each = {n: account(ft, partial(use, "merged")) for n, ft in self.finetunes.items()}
+        return {"base": account(self.base, of_base), "experts": each}
 
     @cached_property
     def merging(self) -> Merging:
@@ -108,7 +122,7 @@ class MergeBuilder(MergeInputs):
         contested = self.modules if mode == "conflict_aware" else []
         masked = {f"{m}.weight" for m in self.modules} if mode == "shared_mask" else set()
         left = {f"{module}.weight" for module in contested}
-        whole = [name for name in self.base if name not in left]
+        whole = [name for name in self.base if name not in left and self.is_known(name)]
         for name, tensor in streamed(base, finetunes, merging, whole, seed, exact=masked):
             yield name, (tensor, self._mask_of(name) if name in masked else None)
         factors = coefficients(merging, list(finetunes)) if contested else {}

@@ -32,14 +32,12 @@ class MixtureBuilder(RoutingBuilder):
         return self.layout.is_shared(name)
 
     def facts(self) -> dict[str, Any]:
-        """Those of every composite with gates, the architecture, and where every tensor went."""
-        return {
-            **super().facts(),
-            "architecture": self.layout.family.model_class,
-            "tensors": accounting(
-                self.layout, self.base, {n: Checkpoint(f) for n, f in self.experts.items()}
-            ),
-        }
+        """Those of every composite with gates, and the architecture."""
+        return {**super().facts(), "architecture": self.layout.family.model_class}
+
+    def tensors(self) -> dict[str, Any]:
+        """Where every tensor of every input went."""
+        return accounting(self.layout, self.base, self.finetunes, self.use_of_shared)
 
     @property
     def packed(self) -> list[Mapping[str, Tensor]]:

@@ -11,7 +11,13 @@ from pathlib import Path
 from moiety.compose.preflight.adapters import check_adapter
 from moiety.compose.preflight.findings import Finding, problems_of
 from moiety.compose.preflight.kinds import check_kind
-from moiety.compose.preflight.models import check_base, check_config, check_equal, check_tensors
+from moiety.compose.preflight.models import (
+    check_base,
+    check_config,
+    check_equal,
+    check_known,
+    check_tensors,
+)
 from moiety.compose.preflight.texts import check_texts
 from moiety.compose.preflight.tokenizers import check_generation, check_tokenizer
 from moiety.compose.recipe import Expert, Recipe
@@ -71,6 +77,7 @@ def _of_models(recipe: Recipe) -> list[Finding]:
         return found + list(check_texts(recipe, None))
     found += check_base(recipe, base)
     found += check_kind(recipe, base)
+    found += problems_of("base", lambda: found.extend(check_known(base)))
     full: dict[str, Checkpoint] = {}
     for expert in recipe.experts:
         found += _guarded(expert, lambda expert=expert: _of_expert(recipe, base, expert, full))
@@ -89,7 +96,9 @@ def _of_expert(
     found += _guarded(expert, lambda: list(check_tokenizer(recipe, expert.name, base, checkpoint)))
     found += check_generation(expert.name, base.folder, checkpoint.folder)
     if not any(not finding.is_note for finding in found):
-        tensors = list(check_tensors(expert.name, base, checkpoint))
+        tensors = list(
+            check_tensors(expert.name, base, checkpoint, any_rows=recipe.tokenizer == "union")
+        )
         found += tensors
         if not any(not finding.is_note for finding in tensors):
             full[expert.name] = checkpoint

@@ -1,14 +1,15 @@
 """What only one kind of composite asks for, and patterns that do not fit the matrices."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from moiety.compose.merge import check_merging
 from moiety.compose.merged.checks import check_merge
 from moiety.compose.mixture import check_mixture
 from moiety.compose.preflight.findings import Finding, problems_of
 from moiety.compose.preflight.matrices import pruned_matrices
-from moiety.compose.recipe import Merge, Mixture, Recipe, Routed
-from moiety.compose.recipe.kinds import WithShared
+from moiety.compose.recipe import Merge, Mixture, Recipe, Route, Routed
+from moiety.compose.recipe.kinds import RouterKind, WithShared
 from moiety.errors import InputError
 from moiety.experts.checkpoint import Checkpoint
 from moiety.experts.pattern import Pattern
@@ -19,11 +20,13 @@ def check_kind(recipe: Recipe, base: Checkpoint) -> Iterator[Finding]:
     kind, sparse = recipe.compose, True
     if isinstance(kind, Mixture):
         yield from problems_of("base", lambda: check_mixture(base.config, kind.layers))
-    if isinstance(kind, Routed) and kind.head == "routed" and base.config.tie_word_embeddings:
-        yield Finding(
-            "compose.head: expected a head of its own for head: routed, but this base ties it to "
-            "the embeddings; route the embeddings, or leave both in the shared part"
-        )
+    if isinstance(kind, Routed) and base.config.tie_word_embeddings:
+        for field in ("embeddings", "head"):
+            if getattr(kind, field) == "routed":
+                yield Finding(
+                    f"compose.{field}: expected a base with a head of its own for {field}: routed, "
+                    "but this one ties it to the embeddings; leave both in the shared part"
+                )
     if isinstance(kind, Merge):
         sparse = kind.sparse != "none"
         settings, names = recipe.prune, recipe.names
@@ -31,8 +34,27 @@ def check_kind(recipe: Recipe, base: Checkpoint) -> Iterator[Finding]:
     if isinstance(kind, WithShared) and not isinstance(kind.shared, str):
         merging = kind.shared
         yield from problems_of("compose.shared", lambda: check_merging(merging, recipe.names))
+    if isinstance(kind, Mixture | Routed):
+        yield from _route(recipe.route, kind)
     if sparse:
         yield from _pattern(recipe, base)
+
+
+def _route(route: Route, kind: Mixture | Routed) -> Iterator[Finding]:
+    """Ways of learning that only some gates know."""
+    router = kind.router if isinstance(kind, Routed) else RouterKind()
+    deltas = isinstance(kind, Routed) and (kind.base, kind.embeddings) == ("dense", "shared")
+    if route.init == "arrow" and not (deltas and router.score == "absolute"):
+        yield Finding(
+            "route.init: arrow looks at the experts' task vectors along directions without a "
+            "sign, so it needs kind: routed with base: dense, shared embeddings and router: "
+            "{score: absolute}; build it that way or use another init"
+        )
+    if route.balance == "bias" and route.train_steps and router.kind != "sigmoid":
+        yield Finding(
+            "route.balance: bias moves the selection bias that gates of kind: routed with router: "
+            "{kind: sigmoid} have, but these have none; use loss or none"
+        )
 
 
 def _pattern(recipe: Recipe, base: Checkpoint) -> Iterator[Finding]:
@@ -46,6 +68,7 @@ def _pattern(recipe: Recipe, base: Checkpoint) -> Iterator[Finding]:
             f"prune.sites: expected linear layers at {recipe.sites}, but the base has none; "
             "name others"
         )
-    pattern = Pattern.parse(recipe.prune.pattern)
-    for width in sorted({columns for _, columns in matrices.values()}):
-        yield from problems_of("prune.pattern", lambda width=width: pattern.check_width(width))
+    for pattern in map(Pattern.parse, recipe.patterns):
+        for width in sorted({columns for _, columns in matrices.values()}):
+            fits = partial(pattern.check_width, width)
+            yield from problems_of("prune.pattern", fits)

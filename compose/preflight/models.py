@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from moiety.compose.preflight.findings import Finding, note
 from moiety.compose.recipe import Recipe
+from moiety.experts.architecture import Architecture
 from moiety.experts.checkpoint import Checkpoint
 
 ARCHITECTURE = (
@@ -43,6 +44,18 @@ def check_base(recipe: Recipe, base: Checkpoint) -> Iterator[Finding]:
         )
 
 
+def check_known(base: Checkpoint) -> Iterator[Finding]:
+    """Tensors that are no part of the architecture, which transformers would not read either."""
+    architecture = Architecture(base.config)
+    strange = sorted(set(base) - {*architecture.shapes, *architecture.tied})
+    if strange:
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        yield note(
+            f"the base has tensors that {type(architecture.model).__name__} has no place for "
+            f"({', '.join(strange[:3])}{more}); they have no effect"
+        )
+
+
 def check_config(name: str, base: Checkpoint, finetune: Checkpoint) -> Iterator[Finding]:
     """Fields of two configurations that must be equal, with what to do about each group."""
     ours, theirs = base.config, finetune.config
@@ -68,8 +81,13 @@ def check_config(name: str, base: Checkpoint, finetune: Checkpoint) -> Iterator[
         )
 
 
-def check_tensors(name: str, base: Checkpoint, finetune: Checkpoint) -> Iterator[Finding]:
-    """Tensors that only one has, or in another shape or dtype, from the files' headers."""
+def check_tensors(
+    name: str, base: Checkpoint, finetune: Checkpoint, *, any_rows: bool = False
+) -> Iterator[Finding]:
+    """Tensors that only one has, or in another shape or dtype, from the files' headers.
+
+    With `any_rows` matrices with a row a token may have other numbers of rows.
+    """
     ours, theirs = base.shapes(), finetune.shapes()
     for tensor in sorted(set(ours) ^ set(theirs)):
         owner = "base" if tensor in ours else f"expert {name}"
@@ -79,7 +97,9 @@ def check_tensors(name: str, base: Checkpoint, finetune: Checkpoint) -> Iterator
         )
     common = sorted(set(ours) & set(theirs))
     for tensor in common:
-        if ours[tensor][0] != theirs[tensor][0]:
+        one, other = ours[tensor][0], theirs[tensor][0]
+        per_token = any_rows and (one[0], other[0]) == (_words(base), _words(finetune))
+        if one != other and not (per_token and one[1:] == other[1:]):
             yield Finding(
                 f"expert {name}: tensor {tensor} has shape {theirs[tensor][0]} "
                 f"where the base has {ours[tensor][0]}; give a finetune of this base"
@@ -91,6 +111,10 @@ def check_tensors(name: str, base: Checkpoint, finetune: Checkpoint) -> Iterator
                 f"expert {name} has tensors in {DTYPES.get(found, found)} where the base has "
                 f"{DTYPES.get(expected, expected)}; the composite takes the base's"
             )
+
+
+def _words(model: Checkpoint) -> Any:
+    return getattr(model.config.get_text_config(), "vocab_size", None)
 
 
 def check_equal(base: Checkpoint, finetunes: Mapping[str, Checkpoint]) -> Iterator[Finding]:

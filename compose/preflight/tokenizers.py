@@ -17,6 +17,9 @@ SPLITTING = {
     "post_processor": "adds special tokens",
     "decoder": "decodes tokens",
 }
+UNION = (
+    "write tokenizer: union in the recipe, and mergekit gives every model the tokens of all first"
+)
 GENERATION = "generation_config.json"
 NOT_SETTINGS = ("transformers_version", "_from_model_config")
 
@@ -28,16 +31,22 @@ def check_tokenizer(
     ours, theirs = load_tokenizer(base.folder), load_tokenizer(finetune.folder)
     rows, found = _rows(base), _rows(finetune)
     words, other_words = ours.get_vocab(), theirs.get_vocab()
+    if recipe.tokenizer == "union" and (rows != found or words != other_words):
+        yield note(
+            f"expert {name} has another vocabulary than the base "
+            f"({_count(words, other_words)}); mergekit gives both the tokens of all models"
+        )
+        return
     if rows != found:
         yield Finding(
             f"expert {name} is a finetune of another base: vocab_size is {found} where the base "
-            f"has {rows}; {_union(recipe)}"
+            f"has {rows}; {UNION}"
         )
     if words != other_words:
         yield Finding(
             f"expert {name}: its tokenizer has another vocabulary than the base's "
             f"({_count(words, other_words)}); tokens would change their meaning, so "
-            + (_union(recipe) if rows == found else "give finetunes that kept it")
+            + (UNION if rows == found else "give finetunes that kept it")
         )
     elif ours.special_tokens_map != theirs.special_tokens_map:
         different = _first_difference(ours.special_tokens_map, theirs.special_tokens_map)
@@ -74,24 +83,6 @@ def _count(ours: dict[str, int], theirs: dict[str, int]) -> str:
     missing, more = len(ours.keys() - theirs.keys()), len(theirs.keys() - ours.keys())
     moved = sum(ours[word] != theirs[word] for word in ours.keys() & theirs.keys())
     return f"{missing} tokens fewer, {more} more, {moved} with another id"
-
-
-def union_settings(recipe: Recipe) -> str:
-    """mergekit-yaml's settings, on one line, that give the first model all models' tokens."""
-    models = [recipe.base, *(expert.model for expert in recipe.experts)]
-    listed = ", ".join(
-        f"{{model: {json.dumps(model)}, parameters: {{weight: {int(not number)}}}}}"
-        for number, model in enumerate(dict.fromkeys(models))
-    )
-    return f"{{merge_method: linear, models: [{listed}], tokenizer: {{source: union}}}}"
-
-
-def _union(recipe: Recipe) -> str:
-    return (
-        "give all models one tokenizer first: for each, save this as union.yaml with weight 1 on "
-        "that model and 0 on the others, and run mergekit-yaml union.yaml OUT --copy-tokenizer: "
-        f"{union_settings(recipe)}"
-    )
 
 
 def _content(name: str, ours: Any, theirs: Any) -> Iterator[Finding]:

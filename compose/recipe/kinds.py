@@ -235,6 +235,9 @@ KINDS: dict[str, type[Part]] = {
 
 
 def _with_kind(value: Any) -> Any:
+    """A kind's name alone stands for it with every setting at its default."""
+    if isinstance(value, str):
+        return {"kind": value}
     return {"kind": "mixture", **value} if isinstance(value, dict) else value
 
 

@@ -98,7 +98,7 @@ class _Translation:
                 continue
             entries.append(model)
             inputs[number] = entry.get("parameters") or {}
-        self.check_tokenizer(base)
+        tokenizer = self.tokenizer(base)
         self.check_base()
         if self.from_first and entries[1:2] == [base]:
             entries, inputs = entries[::-1], dict(reversed(inputs.items()))
@@ -109,6 +109,7 @@ class _Translation:
                 {"name": name, "model": model} for name, model in zip(names, entries, strict=True)
             ],
             **self.dtype(),
+            **tokenizer,
             "compose": {
                 "kind": "merge",
                 "method": self.values.get("merge_method"),
@@ -190,20 +191,20 @@ class _Translation:
             self.refuse(("out_dtype",), "nothing is converted; give the same as dtype, or neither")
         return {"dtype": next(iter(given.values()))} if given else {}
 
-    def check_tokenizer(self, base: str | None) -> None:
-        """Refuse any tokenizer but the base's."""
+    def tokenizer(self, base: str | None) -> dict[str, Any]:
+        """The base's tokenizer or the union of all; any other is refused."""
+        found: dict[str, Any] = {}
         for field in TOKENIZER_FIELDS:
             given = self.values.get(field)
             place: Location = (field,)
             if isinstance(given, dict):
                 self.only((field,), given, ("source",))
                 given, place = given.get("source", "union"), (field, "source")
-            if given not in (None, "base", base):
-                self.refuse(
-                    place,
-                    "the base's tokenizer is kept; give every model one tokenizer first (see "
-                    "docs/recipes.md) and write base",
-                )
+            if given == "union":
+                found = {"tokenizer": "union"}
+            elif given not in (None, "base", base):
+                self.refuse(place, "a model's own tokenizer is not taken; write base or union")
+        return found
 
     @property
     def contract(self) -> InputContract | None:

@@ -72,7 +72,8 @@ def _problem(tree: Any, detail: Any, top: type[Part]) -> str:
     if detail["type"] == "extra_forbidden":
         return f"line {line}: unknown field {field}{_nearest(location, kind, top)}"
     message = detail["msg"].removeprefix("Value error, ")
-    got = "" if detail["type"] == "missing" else f", but it is {detail['input']!r}"
+    told = detail["type"] == "missing" or "but it is" in message
+    got = "" if told else f", but it is {detail['input']!r}"
     if detail["type"] == "union_tag_invalid":
         location, field = (*location, "kind"), f"{field}.kind"
         line = line_of(tree, location)
@@ -81,7 +82,15 @@ def _problem(tree: Any, detail: Any, top: type[Part]) -> str:
         got += _nearest_value(detail["ctx"]["tag"], detail["ctx"]["expected_tags"])
     if detail["type"] == "literal_error":
         got += _nearest_value(detail["input"], detail["ctx"]["expected"])
-    return f"line {line}: {message}" if not field else f"line {line}: {field}: {message}{got}"
+    if not field:
+        return f"line {line_of(tree, _told_of(message))}: {message}"
+    return f"line {line}: {field}: {message}{got}"
+
+
+def _told_of(message: str) -> tuple[str, ...]:
+    """The field that a message about several sections begins with, such as `compose.top_k`."""
+    found = re.match(r"[a-z_]+(\.[a-z_]+)*", message)
+    return tuple(found[0].split(".")) if found else ()
 
 
 def _location(parts: tuple[str | int, ...]) -> tuple[tuple[str | int, ...], str | None]:

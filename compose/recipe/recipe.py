@@ -26,6 +26,8 @@ class Recipe(Part):
     """the finetunes, at least two"""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """null: any; else what the base must be stored in, as nothing is converted"""
+    tokenizer: Literal["base", "union"] = "base"
+    """base: the one that all models have; union: mergekit first gives every model all their tokens"""
     context_length: int = Field(default=512, ge=16)
     """tokens in a window of text"""
     calibration_windows: int = Field(default=128, ge=8)
@@ -55,12 +57,39 @@ class Recipe(Part):
             kind.check(names)
         if isinstance(kind, Ensemble):
             _check_named("compose.prior", kind.prior, names)
+        for expert in self.experts:
+            self._check_own_pruning(expert)
         if isinstance(kind, Mixture) and self.sites != "ffn":
             raise ValueError(
                 "prune.sites must be ffn for kind mixture, whose experts are FFNs, but it is "
                 f"{self.sites!r}; kind routed holds the rest too"
             )
         return self
+
+    def _check_own_pruning(self, expert: Expert) -> None:
+        """An expert's own settings, as far as the kind lets experts differ."""
+        if expert.prune is None:
+            return
+        if isinstance(self.compose, Merge):
+            raise ValueError(
+                f"expert {expert.name} cannot have its own prune in kind merge, whose result is "
+                "pruned once; leave it out"
+            )
+        own, alike = self._pruning_of(expert), ["values"]
+        if not isinstance(self.compose, Ensemble):
+            alike += ["pattern", "sites"]
+        for field in alike:
+            ours, theirs = getattr(self._pruning_of(None), field), getattr(own, field)
+            if ours != theirs:
+                raise ValueError(
+                    f"expert {expert.name}: prune.{field} must be the recipe's ({ours}) in kind "
+                    f"{self.compose.kind}, which packs all experts alike, but it is {theirs}"
+                )
+
+    def _pruning_of(self, expert: Expert | None) -> Prune:
+        """The recipe's section `prune`, or an expert's own, with the sites that it means."""
+        own = self.prune if expert is None or expert.prune is None else expert.prune
+        return own.model_copy(update={"sites": own.sites or self.sites})
 
     @property
     def names(self) -> list[str]:
@@ -78,12 +107,17 @@ class Recipe(Part):
         """What is pruned: as stated, else FFNs for a mixture and every linear for the rest."""
         return self.prune.sites or ("ffn" if self.compose.kind == "mixture" else "all")
 
-    def prune_settings(self) -> PruneSettings:
-        """The prune section with the recipe's context length and calibration size."""
+    @property
+    def patterns(self) -> list[str]:
+        """Every pattern that an expert is pruned to."""
+        return list(dict.fromkeys(self._pruning_of(expert).pattern for expert in self.experts))
+
+    def prune_settings(self, expert: Expert | None = None) -> PruneSettings:
+        """An expert's own prune section, or the recipe's, with its context and calibration size."""
+        own = self._pruning_of(expert)
         return PruneSettings(
-            **self.prune.model_dump(exclude={"recover", "sites"}),
-            sites=self.sites,
-            recovery=BlockRecovery() if self.prune.recover else None,
+            **own.model_dump(exclude={"recover"}),
+            recovery=BlockRecovery() if own.recover else None,
             context_length=self.context_length,
             windows=self.calibration_windows,
             batch_size=self.batch_size,
@@ -157,7 +191,11 @@ class Recipe(Part):
 
 
 def _check_named(field: str, given: Iterable[str], names: list[str]) -> None:
-    if unknown := sorted(set(given) - set(names)):
+    """Weights that are given at all must be given for every expert and for nobody else."""
+    given = set(given)
+    if unknown := sorted(given - set(names)):
         raise ValueError(
             f"{field} must be by the experts' names ({', '.join(names)}), but it has {unknown[0]!r}"
         )
+    if given and (silent := [name for name in names if name not in given]):
+        raise ValueError(f"{field} must name every expert, but {silent[0]} has none")

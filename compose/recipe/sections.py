@@ -59,22 +59,6 @@ class Domain(Part):
         return found
 
 
-class Expert(Part):
-    """One finetune: its name, its model (folder, hub id or PEFT adapter) and its domain's text."""
-
-    name: str = Field(min_length=1, pattern=r"^\w[\w.-]*$")
-    """names the expert, its domain and its row in every table"""
-    model: str
-    """a folder, a hub id or a PEFT adapter"""
-    domain: Domain = Domain()
-    """text of its domain; the path alone is short for calibration"""
-
-    @field_validator("domain", mode="before")
-    @classmethod
-    def _plain_path(cls, value: Any) -> Any:
-        return {"calibration": value} if isinstance(value, str) else value
-
-
 class Prune(Part):
     """How each finetune is pruned; see moiety.experts.PruneSettings.
 
@@ -110,6 +94,24 @@ class Prune(Part):
         if value is not None:
             check_sites(value)
         return value
+
+
+class Expert(Part):
+    """One finetune: its name, its model (folder, hub id or PEFT adapter) and its domain's text."""
+
+    name: str = Field(min_length=1, pattern=r"^\w[\w.-]*$")
+    """names the expert, its domain and its row in every table"""
+    model: str
+    """a folder, a hub id or a PEFT adapter"""
+    domain: Domain = Domain()
+    """text of its domain; the path alone is short for calibration"""
+    prune: Prune | None = None
+    """null: as the recipe says; or how this one is pruned, the rest of it at its defaults"""
+
+    @field_validator("domain", mode="before")
+    @classmethod
+    def _plain_path(cls, value: Any) -> Any:
+        return {"calibration": value} if isinstance(value, str) else value
 
 
 class Route(Part):

@@ -4,7 +4,7 @@ E experts, O/I out/in features, D model width, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moiety.compose.account import Use, account
 from moiety.compose.recipe import Routed
 from moiety.compose.routed.model import (
     RoutedConfig,
@@ -84,7 +85,7 @@ class RoutedBuilder(RoutingBuilder):
         if f"{name}.weight" in architecture.tied:
             raise InputError(
                 "expected a head of its own for head: routed, but this base ties it to the "
-                "embeddings; route the embeddings, or leave both in the shared part"
+                "embeddings; leave both in the shared part"
             )
         return name
 
@@ -120,7 +121,8 @@ class RoutedBuilder(RoutingBuilder):
     def is_shared(self, name: str) -> bool:
         """Everything but the routed linears, which are the base's or nobody's."""
         module, _, _ = name.rpartition(".")
-        return module not in self.packing.modules and module != self.head
+        routed = module in self.packing.modules or module == self.head
+        return not routed and self.is_known(name)
 
     def twin(self, name: str | None) -> dict[str, Tensor]:
         """The shared part and one expert's own tensors, or the base's in their place."""
@@ -154,6 +156,24 @@ class RoutedBuilder(RoutingBuilder):
         if of_expert is not None:
             names |= self.norms | ({self.embedding} if self.embedding else set())
         return sorted(names & set(source))
+
+    def tensors(self) -> dict[str, Any]:
+        """Where every tensor of every input went; what is routed is each expert's own."""
+        linears = [*self.packing.modules, *([self.head] if self.head else [])]
+        routed = {f"{module}.{end}" for module in linears for end in ("weight", "bias")}
+        own = routed | self.norms | ({self.embedding} if self.embedding else set())
+
+        def use(owner: str | None, name: str) -> Use:
+            if not self.is_known(name):
+                return "unknown"
+            if owner is None and name in routed:
+                return "used" if self.settings.base == "dense" else "superseded"
+            return "used" if owner and name in own else self.use_of_shared(owner)
+
+        return {
+            "base": account(self.base, partial(use, None)),
+            "experts": {n: account(ft, partial(use, n)) for n, ft in self.finetunes.items()},
+        }
 
     def assemble(
         self,

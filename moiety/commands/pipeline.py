@@ -108,6 +108,7 @@ def build(
         *((f"seconds, {stage}", f"{seconds:.1f}") for stage, seconds in report.seconds.items()),
     ]
     tables = [Table(title=f"composite in {out}", columns=("", ""), rows=tuple(rows))]
+    tables.append(_tensors_table(report.facts["tensors"]))
     if report.invariants:
         tables.append(_invariants_table(report.invariants))
     if measure and all(expert.domain.heldout for expert in read.experts):
@@ -117,6 +118,17 @@ def build(
     show(values, tables, as_json)
 
 
+def _tensors_table(tensors: dict[str, Any]) -> "Table":
+    from moiety.analysis.tables import Table
+    from moiety.compose.account import USES, counts
+
+    rows = tuple(
+        (owner, *(str(by_use[use]) for use in USES)) for owner, by_use in counts(tensors).items()
+    )
+    note = "By name in build.json; unknown ones are no part of the architecture."
+    return Table(title="Tensors of every input", columns=("of", *USES), rows=rows, note=note)
+
+
 def _invariants_table(invariants: list[dict[str, Any]]) -> "Table":
     from moiety.analysis.tables import Table
 
@@ -124,7 +136,7 @@ def _invariants_table(invariants: list[dict[str, Any]]) -> "Table":
         (one["statement"], f"{one['difference']:.1e}", "yes" if one["holds"] else "NO")
         for one in invariants
     )
-    columns = ("checked on these models, in fp32", "difference of logits", "holds")
+    columns = ("checked on these models, in fp32", "difference", "holds")
     return Table(title="Invariants", columns=columns, rows=rows)
 
 
@@ -162,21 +174,29 @@ def edit(
     replace: Annotated[
         list[str] | None, typer.Option(metavar="NAME=MODEL", help="Another model; repeat.")
     ] = None,
+    reprune: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Prune it anew as --set says; repeat.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Such as method=alps; repeat."),
+    ] = None,
     work: Annotated[Path | None, typer.Option(help="Stages; default: MODEL.stages.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Add, remove or replace experts; the others are not pruned again."""
+    """Add, remove, replace or re-prune experts; the others are not pruned again."""
     from moiety.analysis.tables import Table
     from moiety.compose import edit as run
+    from moiety.compose.editing import pruned_anew
     from moiety.compose.recipe import Domain, Expert
 
     quiet_libraries()
-    added, texts = pairs(add or [], "--add"), pairs(data or [])
-    if set(texts) - set(added):
+    if bool(reprune) != bool(settings):
         raise InputError(
-            f"expected --data for experts that --add names, but {sorted(set(texts) - set(added))[0]}"
-            " is none; experts that stay keep their text"
+            "expected --reprune NAME together with --set FIELD=VALUE, such as --reprune law "
+            "--set method=alps, but only one of them is given; other text alone is --data NAME=FILE"
         )
+    added, texts = pairs(add or [], "--add"), pairs(data or [])
     report = run(
         model,
         out,
@@ -186,6 +206,8 @@ def edit(
         ],
         remove=remove or [],
         replace=pairs(replace or [], "--replace"),
+        prune=pruned_anew(model, reprune or [], pairs(settings or [], "--set")),
+        data={name: path for name, path in texts.items() if name not in added},
         work=work,
         progress=ConsoleProgress(),
     )

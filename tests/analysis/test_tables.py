@@ -52,6 +52,12 @@ def test_controls_are_named_ordered_and_averaged_honestly() -> None:
     assert "256" in table.note
 
 
+def test_a_merge_has_no_router() -> None:
+    merge = {"loss": {"composite": {"code": 1.25}, "composite_dense": {"code": 1.0}}}
+    names = [row[0] for row in controls_table({**RESULTS, **merge}).rows]
+    assert names == ["the same merge, unpruned", "merge"]
+
+
 def test_accuracy_turns_tasks_into_columns() -> None:
     table = controls_table(RESULTS, "accuracy")
     assert table.columns == ("model and route", "arithmetic")

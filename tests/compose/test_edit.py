@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from moiety.compose import Recipe, build, open_composite
-from moiety.compose.editing import edit
-from moiety.compose.recipe import Domain, Expert
+from moiety.compose.editing import edit, pruned_anew
+from moiety.compose.recipe import Domain, Expert, Prune
 from moiety.errors import InputError
 
 
@@ -44,6 +44,21 @@ def test_an_expert_is_replaced(world: Any, pair: Path, tmp_path: Path) -> None:
     assert open_composite(tmp_path / "out").experts == ("letters", "numbers")
     pruned = {name for name in stages(pair) - before if name.startswith("expert-")}
     assert {name.rpartition("-")[0] for name in pruned} == {"expert-numbers"}
+
+
+def test_an_expert_is_pruned_anew(world: Any, pair: Path, tmp_path: Path) -> None:
+    before = stages(pair)
+    prune = pruned_anew(pair, ["numbers"], {"method": "magnitude", "refit_steps": "2"})
+    report = edit(pair, tmp_path / "out", prune=prune)
+    pruned = {name for name in stages(pair) - before if name.startswith("expert-")}
+    assert {name.rpartition("-")[0] for name in pruned} == {"expert-numbers"}
+    assert report.experts["letters"].parent.name in before
+    numbers = Recipe.read(tmp_path / "out" / "recipe.yaml").experts[1]
+    assert numbers.prune == Prune(method="magnitude", refit_steps=2)
+    with pytest.raises(InputError, match=r"prune\.pattern must be the recipe's \(2:4\)"):
+        edit(pair, tmp_path / "other", prune=pruned_anew(pair, ["numbers"], {"pattern": "1:4"}))
+    with pytest.raises(InputError, match=r"prune\.methd: Extra inputs"):
+        pruned_anew(pair, ["numbers"], {"methd": "alps"})
 
 
 def test_what_cannot_be_changed_is_refused(world: Any, pair: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
@@ -198,14 +199,10 @@ def test_a_damaged_configuration_is_refused(built: Path, tmp_path: Path) -> None
         AutoConfig.from_pretrained(damaged(built, tmp_path / "3", prior=wrong))
 
 
-def test_a_prior_for_other_experts_is_refused_before_anything_is_pruned(
-    world: Any, tmp_path: Path
-) -> None:
+def test_a_prior_for_other_experts_is_refused_by_the_recipe(world: Any) -> None:
     recipe = world.recipe(compose={"kind": "ensemble", "prior": {"letters": 1.0}})
-    builder = EnsembleBuilder(Recipe.model_validate(recipe), Stages(tmp_path / "stages"))
-    with pytest.raises(InputError, match=r"letters, numbers, colours.*but it has letters"):
-        builder.write(tmp_path)
-    assert not (tmp_path / "stages").exists()
+    with pytest.raises(ValidationError, match="must name every expert, but numbers has none"):
+        Recipe.model_validate(recipe)
 
 
 def test_experts_must_compute_alike() -> None:

@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from moiety.compose import Recipe, build, invariants, open_composite
-from moiety.compose.invariants import check_invariants
+from moiety.analysis.controls import evaluate_build
+from moiety.compose import Recipe, build, open_composite
+from moiety.compose.account import counts
+from moiety.compose.invariants import check_invariants, routes
 from moiety.compose.kinds import builder_of
 from moiety.compose.routing import RoutingBuilder
 from moiety.compose.stages import Stages
 from moiety.errors import InvariantError
+from moiety.experts.checkpoint import Checkpoint
 from moiety.files import digest_of_folder
 from moiety.routers import find_gates
 
@@ -60,12 +63,12 @@ def test_a_changed_order_is_undone_exactly(built: Any) -> None:
     model = open_composite(out, torch.float32).model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     gates = {gate.name for gate in find_gates(model)}
-    invariants._change(model, invariants._reversed, gates)
+    routes._change(model, routes._reversed, gates)
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
     stacks = {n for n in before if ".experts" in n or n.rpartition(".")[0] in gates}
     assert changed and changed <= stacks
     assert all(any(name.startswith(f"{gate}.") for name in changed) for gate in gates)
-    invariants._change(model, invariants._reversed, gates)
+    routes._change(model, routes._reversed, gates)
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
@@ -79,3 +82,35 @@ def test_a_composite_with_another_shared_part_is_noticed(built: Any, tmp_path: P
     builder.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InvariantError, match="the one-hot route to letters is that expert"):
         check_invariants(builder, tmp_path)
+
+
+ALONE = {
+    "ensemble": {"kind": "ensemble", "prior": {"letters": 1, "numbers": 2, "colours": 3}},
+    "reprune": {"kind": "merge", "sparse": "reprune", "parameters": {"weight": 0.4}},
+    "conflict_aware": {"kind": "merge", "sparse": "conflict_aware", "parameters": {"weight": 1}},
+    "none": {"kind": "merge", "sparse": "none", "method": "linear", "parameters": {"weight": 1}},
+}
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_models_that_route_nothing_have_theirs(world: Any, tmp_path: Path, kind: str) -> None:
+    recipe = Recipe.model_validate(world.recipe(compose=ALONE[kind], **QUICK))
+    report = build(recipe, tmp_path / "out")
+    statements = " ".join(invariant["statement"] for invariant in report.invariants)
+    expected = {
+        "ensemble": ("all weight on numbers", "another order", "equal experts", "opened again"),
+        "reprune": ("all 14 pruned matrices have the pattern 2:4", "packed", "opened again"),
+        "conflict_aware": ("pattern 2:4", "packed", "opened again on its base"),
+        "none": ("opened again",),
+    }[kind]
+    assert all(part in statements for part in expected)
+    found = counts(report.facts["tensors"])
+    whole = len(Checkpoint(world.base))
+    assert all(sum(by_use.values()) == whole and not by_use["unknown"] for by_use in found.values())
+    use = "used" if kind == "ensemble" else "merged"
+    assert all(found[name][use] == whole for name in recipe.names)
+    has_base = kind in ("reprune", "conflict_aware")
+    assert found["base"]["merged" if has_base else "superseded"] == whole
+    measured = evaluate_build(recipe, report.composite, tmp_path / "out.stages")["loss"]
+    assert measured["composite"].keys() == measured["composite_dense"].keys() == set(recipe.names)
+    assert ("expert" in measured) == (kind == "ensemble")

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ from moiety.compose.mixture import (
     write_mixture,
     zero_gates,
 )
-from moiety.compose.mixture.account import folded
-from moiety.compose.shared import replace_shared
+from moiety.compose.shared import replace_shared, use_of
 from moiety.experts import Pattern, pack
 from moiety.experts.architecture import Architecture
 from moiety.experts.export import export_dense
@@ -257,12 +257,17 @@ def test_packed_experts_open_save_generate_and_export(inputs: Inputs, tmp_path: 
 
 def test_every_tensor_of_every_input_is_accounted_for(inputs: Inputs) -> None:
     experts = dict(zip(NAMES, inputs.experts, strict=True))
-    report = json.loads(json.dumps(accounting(inputs.layout, inputs.base, experts)))
+    shared_of = partial(use_of, "base", names=NAMES)
+    report = json.loads(json.dumps(accounting(inputs.layout, inputs.base, experts, shared_of)))
     shared = unfolded(report["shared"])
     blocks = tuple(f"model.layers.{layer}.mlp." for layer in inputs.layout.layers)
     ours = {name for name in inputs.base if name.startswith(blocks)}
     assert shared == set(inputs.base) - ours and len(ours) == 3 * len(blocks)
-    assert report["base"] == {"superseded": folded(ours), "unknown": []}
+    assert {key: unfolded(names) for key, names in report["base"].items()} == {
+        "used": shared,
+        "superseded": ours,
+        "unknown": set(),
+    }
     for name in NAMES:
         parts = {key: unfolded(names) for key, names in report["experts"][name].items()}
         assert parts == {"used": ours, "superseded": shared, "unknown": set()}

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from moiety.compose import Recipe, build, open_composite, route
+from moiety.compose.account import folded
 from moiety.compose.mixture import (
     check_mixture,
     layout_of,
@@ -28,7 +29,6 @@ from moiety.compose.mixture import (
     write_mixture,
     zero_gates,
 )
-from moiety.compose.mixture.account import folded
 from moiety.compose.mixture.families import HOLDERS
 from moiety.compose.mixture.fields import CARRIED
 from moiety.compose.recipe import Route
@@ -188,8 +188,8 @@ def test_chosen_layers_build_route_and_open(world: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(model.get_parameter(up), soup)
     tensors = read_json(tmp_path / "out" / "build.json")["facts"]["tensors"]
     assert "model.layers.{0}.mlp.up_proj.weight" in tensors["shared"]
-    assert "model.layers.{0}.mlp.up_proj.weight_mask" in tensors["experts"]["letters"]["superseded"]
-    assert "model.layers.{1}.mlp.up_proj.weight_mask" in tensors["experts"]["letters"]["used"]
+    assert "model.layers.{0}.mlp.up_proj.weight" in tensors["experts"]["letters"]["merged"]
+    assert "model.layers.{1}.mlp.up_proj.weight" in tensors["experts"]["letters"]["used"]
     assert report.facts["architecture"] == "Qwen2MoeForCausalLM"
     before = Checkpoint(tmp_path / "out")
     old = {name: before[name] for name in before}

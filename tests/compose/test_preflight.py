@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from moiety.compose import Recipe
+from moiety.compose import Recipe, build
+from moiety.compose.plan import plan
 from moiety.compose.preflight import Preflight, examine, preflight
-from moiety.compose.preflight.tokenizers import union_settings
 from moiety.errors import InputError
+from moiety.experts.checkpoint import Checkpoint
 from moiety.text import read_documents, write_documents
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
@@ -61,7 +61,7 @@ def test_a_good_recipe_has_nothing_to_say(world: Any) -> None:
             "rope_parameters is .*500.*restore it there",
         ),
         ("tie_word_embeddings", False, "tie_word_embeddings is False .*save the tied one again"),
-        ("vocab_size", 400, "vocab_size is 400 where the base has .*mergekit-yaml"),
+        ("vocab_size", 400, "vocab_size is 400 where the base has .*tokenizer: union"),
     ],
 )
 def test_configurations_that_differ(
@@ -122,13 +122,8 @@ def test_special_tokens_and_vocabularies(world: Any, tmp_path: Path) -> None:
     assert "another vocabulary than the base's (0 tokens fewer, 1 more, 0 with another" in problem
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_the_advice_of_one_tokenizer_works(world: Any, tmp_path: Path) -> None:
-    """mergekit, told what preflight says, gives models that preflight takes."""
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
-
+def test_vocabularies_that_differ_are_united(world: Any, tmp_path: Path) -> None:
+    """As the refusal says, mergekit gives every model the tokens of all."""
     larger = copy(world, tmp_path / "larger")
     tokenizer = AutoTokenizer.from_pretrained(larger)
     tokenizer.add_tokens(["<more>"])
@@ -136,23 +131,25 @@ def test_the_advice_of_one_tokenizer_works(world: Any, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(larger)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.save_pretrained(larger)
-    values = world.recipe()
+    merge = {"kind": "merge", "sparse": "none", "method": "linear", "parameters": {"weight": 1}}
+    values = world.recipe(compose=merge)
     values["experts"][1]["model"] = str(larger)
-    recipe = Recipe.model_validate(values)
-    [problem] = examine(recipe).problems[:1]
-    settings = union_settings(recipe)
-    assert settings in problem and "mergekit-yaml" in problem
-    union = yaml.safe_load(settings)
-    for chosen in range(len(union["models"])):
-        for number, entry in enumerate(union["models"]):
-            entry["parameters"]["weight"] = int(number == chosen)
-        config = MergeConfiguration.model_validate(union)
-        options = MergeOptions(copy_tokenizer=True, quiet=True)
-        run_merge(config, str(tmp_path / str(chosen)), options=options)
-    values["base"] = str(tmp_path / "0")
-    for number, expert in enumerate(values["experts"], start=1):
-        expert["model"] = str(tmp_path / str(number))
-    assert examine(Recipe.model_validate(values)).problems == ()
+    [problem] = examine(Recipe.model_validate(values)).problems[:1]
+    assert "write tokenizer: union in the recipe" in problem
+    recipe = Recipe.model_validate({**values, "tokenizer": "union"})
+    found = examine(recipe)
+    assert found.problems == ()
+    assert any(
+        "numbers has another vocabulary than the base (0 tok" in told for told in found.notes
+    )
+    assert "union" in {stage.name for stage in plan(recipe, tmp_path / "out.stages").left}
+    build(recipe, tmp_path / "out", check=False)
+    assert "union" not in {stage.name for stage in plan(recipe, tmp_path / "out.stages").left}
+    made = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert made.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 385
+    up = "model.layers.0.mlp.up_proj.weight"
+    models = (*(world.finetunes[name] for name in ("letters", "colours")), larger)
+    torch.testing.assert_close(made.get_parameter(up), sum(Checkpoint(m)[up] for m in models) / 3)
 
 
 def test_what_is_only_noted(world: Any, tmp_path: Path) -> None:
@@ -199,6 +196,7 @@ def test_the_base_itself(world: Any, tmp_path: Path) -> None:
         ({"kind": "merge", "parameters": {"weight": {"letters": 1}}}, {}, "numbers"),
         ({"shared": {"method": "ties"}}, {}, "compose.shared: ties needs the parameter weight"),
         ({"kind": "ensemble"}, {"sites": "*.w9_proj"}, "prune.sites: expected linear layers"),
+        ({"kind": "routed", "embeddings": "routed"}, {}, "compose.embeddings: .*ties it"),
     ],
     ids=str,
 )
@@ -208,6 +206,17 @@ def test_what_one_kind_asks_for(
     found = looked(world, compose=compose, prune=prune)
     assert found.problems, message
     assert re.search(message, "\n".join(found.problems))
+
+
+@pytest.mark.parametrize(
+    ("route", "message"),
+    [({"init": "arrow"}, "route.init"), ({"balance": "bias"}, "route.balance")],
+)
+def test_what_the_gates_cannot_learn(world: Any, route: dict[str, Any], message: str) -> None:
+    router = {"kind": "sigmoid", "score": "absolute"}
+    for compose, told in (({}, True), ({"kind": "routed", "router": router}, False)):
+        found = looked(world, compose=compose, route=route)
+        assert any(message in problem for problem in found.problems) == told
 
 
 def test_a_base_of_another_architecture(world: Any, tmp_path: Path) -> None:

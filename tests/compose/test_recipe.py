@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from moiety.compose import Recipe
-from moiety.compose.recipe import Mixture
+from moiety.compose.recipe import Ensemble, Mixture
 from moiety.errors import InputError
 
 GOOD = """\
@@ -52,7 +52,7 @@ def test_a_recipe_reads_and_writes_itself(tmp_path: Path) -> None:
         ("top_k: 1", "topk: 1", r"line 15: unknown field compose\.topk; did you mean top_k\?"),
         ("calibration:", "calibrate:", r"unknown field experts\.1\.domain\.calibrate; did you"),
         ("top_k: 1", "top_k: 0", r"line 15: compose\.top_k: .*greater than or equal to 1.* 0"),
-        ("top_k: 1", "top_k: 3", r"top_k must be at most the number of experts \(2\)"),
+        ("top_k: 1", "top_k: 3", r"line 15: compose\.top_k must be at most the number of"),
         ("name: law", "name: code", "every name must be used once, but code is twice"),
         ("kind: mixture", "kind: soup", r"line 14: compose\.kind: .*'mixture'.*'soup'"),
         ("base: base\n", "", "base: Field required"),
@@ -69,6 +69,8 @@ def test_a_recipe_reads_and_writes_itself(tmp_path: Path) -> None:
         ("model: law", "model: law\n    model: law2", r"the same field twice: line 8: model"),
         ("      heldout", "      prompts: [a]\n      heldout", "calibration or prompts, but both"),
         ("kind: mixture\n  top_k: 1", "kind: ensemble\n  prior: {cod: 1}", "it has 'cod'"),
+        ("kind: mixture\n  top_k: 1", "kind: ensemble\n  prior: {law: 1}", "line 15: .*code has n"),
+        ("model: law", "model: law\n    prune: {values: int8}", r"law: prune\.values must be the"),
         ("base: base", "base: base\ndtype: bfloat8", r"line 2: dtype: .*did you mean bfloat16\?"),
     ],
 )
@@ -77,6 +79,11 @@ def test_a_mistake_names_its_line_and_field(
 ) -> None:
     with pytest.raises(InputError, match=message):
         read(tmp_path, GOOD.replace(old, new, 1))
+
+
+def test_a_kind_may_stand_alone(tmp_path: Path) -> None:
+    text = GOOD.replace("compose:\n  kind: mixture\n  top_k: 1\n", "compose: ensemble\n")
+    assert read(tmp_path, text).compose == Ensemble()
 
 
 @pytest.mark.parametrize(("text", "pattern"), [("0.5", "0.5"), ("50%", "50%"), ("4:8", "4:8")])

@@ -137,7 +137,7 @@ def test_random_gates_need_no_prompts(tmp_path: Path) -> None:
             "weight: [{filter: mlp, value: 1}]",
             r"line 8: models\.1\.parameters\.weight: a parameter must be one",
         ),
-        (TIES, "source: base", "source: union", r"line 17: tokenizer_source: the base's"),
+        (TIES, "source: base", "source: org/code", "line 17: tokenizer_source: a model's own"),
         (TIES, "source: base", "source: base\nchat_template: auto", r"line 18: chat_template"),
         (TIES, "dtype: bf", "out_dtype: float32\ndtype: bf", "line 16: out_dtype: nothing"),
         (TIES, "org/base+", "org/other+", r"line 9: models\.2\.model: an adapter must be one of"),

@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moiety.compose import Recipe, build, open_composite
+from moiety.compose.account import counts
 from moiety.compose.routed.builder import RoutedBuilder
 from moiety.compose.routed.modules import RoutedLinear
 from moiety.compose.stages import Stages
 from moiety.errors import InputError
+from moiety.experts.checkpoint import Checkpoint
 from moiety.experts.delta import TaskVector
 from moiety.experts.unpack import dense_view
 from moiety.routers import find_gates, forced, one_hot
@@ -104,7 +106,10 @@ def test_a_one_hot_route_is_the_expert_and_a_constant_one_the_merge(
     shared = "soup" if base == "dense" else "letters"
     values["compose"] = {"kind": "routed", "base": base, "shared": shared}
     recipe = Recipe.model_validate(values)
-    build(recipe, tmp_path / "out", work=tmp_path / "stages")
+    report = build(recipe, tmp_path / "out", work=tmp_path / "stages")
+    tensors = counts(report.facts["tensors"])
+    assert all(sum(t.values()) == len(Checkpoint(tmp_path / "base")) for t in tensors.values())
+    assert not any(by_use["unknown"] for by_use in tensors.values())
     builder = RoutedBuilder(recipe, Stages(tmp_path / "stages"))
     composite = open_composite(tmp_path / "out", torch.float32)
     gates = find_gates(composite.model)
