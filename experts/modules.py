@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import (
     ExpertsInterface,
     _default_apply_gate,
@@ -24,6 +25,10 @@ from moiety.experts.pattern import Pattern
 
 TILED_PATTERN = Pattern(2, 4)
 ENDS = ("", "_mask", "_scale")
+
+
+def _here(tensor: Tensor | None) -> Tensor | None:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class PackedModule(nn.Module):
@@ -64,11 +69,14 @@ class PackedModule(nn.Module):
     def packed(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """The values, mask and scales (None unless the values are integers) called `name`.
 
-        As they are stored; made again from the tiles where those took their place.
+        As they are stored; made again from the tiles where those took their place. Of matrices
+        spread over processes, this one's.
         """
         if name in self._tiled:
             return self._from_tiles(name)
-        return getattr(self, name), getattr(self, f"{name}_mask"), getattr(self, f"{name}_scale")
+        values, mask, scale = (_here(getattr(self, f"{name}{end}")) for end in ENDS)
+        assert values is not None and mask is not None
+        return values, mask, scale
 
     @property
     def packed_names(self) -> list[str]:
@@ -110,8 +118,8 @@ class PackedModule(nn.Module):
         """Bring 2:4 matrices on the CPU into the compiled kernels' own layout.
 
         The tiles take the stored tensors' place; `state_dict` and `packed` still give those, and
-        any move to another device or dtype goes through them. Nothing happens on other devices or
-        without the compiled kernels.
+        any move to another device or dtype goes through them. Nothing happens on other devices,
+        without the compiled kernels, or to matrices spread over processes, which are saved as such.
         """
         tiles = {name: self._tiles_of(name) for name in self.widths if name not in self._tiled}
         if None in tiles.values():
@@ -139,8 +147,8 @@ class PackedModule(nn.Module):
         return 1
 
     def _tiles_of(self, name: str) -> kernels.Weights | None:
-        tensors = [tensor for tensor in self.packed(name) if tensor is not None]
-        if any(tensor.device.type != "cpu" for tensor in tensors):
+        tensors = [tensor for end in ENDS if (tensor := getattr(self, f"{name}{end}")) is not None]
+        if any(isinstance(one, DTensor) or one.device.type != "cpu" for one in tensors):
             return None
         stored = self.weights(name)
         return kernels.tiled(stored.regrouped(stored.stack * self._parts(name)))
@@ -238,6 +246,9 @@ def _sparse_forward(
     module: "SparseExperts", hidden_TD: Tensor, experts_TA: Tensor, weights_TA: Tensor
 ) -> Tensor:
     gate_up, down = module.weights("gate_up_proj"), module.weights("down_proj")
+    if getattr(module, "_is_expert_parallel", False):
+        # Routes to other processes' experts come with the number after the last and no weight.
+        experts_TA = experts_TA.clamp(max=module.num_experts - 1)
     return kernels.sparse_experts(
         hidden_TD, gate_up, down, experts_TA, weights_TA, module.activation
     )
