@@ -27,11 +27,16 @@ from moiety.routers import (
     train,
 )
 from moiety.routers.checkpoint import fingerprint
+from moiety.routers.kept import collect_or_keep
+from moiety.routers.labelled import hold_back
 from moiety.routers.masters import Masters
-from moiety.routers.passes import input_device
+from moiety.routers.passes import input_device, linear_gates
 from moiety.routers.start import load_start, save_start
 from moiety.routers.together import from_first, is_first, join
 from moiety.text import Windows, read_documents, token_windows
+
+SUMMED = ("ridge", "logistic", "centroid")
+"""Starts that need nothing of a domain's text but sums over it."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ def route(
     checkpoint: Path | None = None,
     trackers: Sequence[str] = (),
     log_dir: Path | None = None,
+    statistics: Path | None = None,
     spread: Spread = "none",
     progress: Progress = SILENT,
 ) -> RouteReport:
@@ -76,7 +82,8 @@ def route(
     `data` gives each domain's calibration text under its expert's name. Everything but the gates
     stays as it is, in memory and on disk. With `checkpoint`, a folder, a stopped run goes on
     where it was, on any number of processes; `trackers` are accelerate's by name, `log_dir` where
-    those that need it write. Under `torchrun` or `accelerate launch` the windows of a training
+    those that need it write. `statistics` is a folder in which what gates saw is kept from one
+    fit to the next, so that an added domain is read alone. Under `torchrun` or `accelerate launch` the windows of a training
     step are shared out among the processes, and `spread` says what of the model each holds (see
     `open_composite`); the first one writes.
     """
@@ -101,6 +108,7 @@ def route(
         checkpoint=checkpoint,
         trackers=trackers,
         log_dir=log_dir,
+        statistics=statistics,
         progress=progress,
     )
     gates = gate_weights(composite.model)
@@ -123,6 +131,7 @@ def route_model(
     checkpoint: Path | None = None,
     trackers: Sequence[str] = (),
     log_dir: Path | None = None,
+    statistics: Path | None = None,
     progress: Progress = SILENT,
 ) -> RouteReport:
     """Fit and train the gates of an open composite in place.
@@ -140,7 +149,7 @@ def route_model(
     run = _name(composite, data, settings, gates, batch_size, seed) if checkpoint else ""
     fitted = checkpoint and _again(checkpoint, run, gates)
     if not fitted:
-        fitted = _fit(composite, data, own_expert, settings, batch_size, seed, progress)
+        fitted = _fit(composite, data, own_expert, settings, batch_size, seed, statistics, progress)
         found = gates.snapshot()
         gates.write_gates(from_first(lambda: found))
         if checkpoint:
@@ -205,9 +214,15 @@ def _fit(
     settings: Route,
     batch_size: int,
     seed: int,
+    statistics: Path | None,
     progress: Progress,
 ) -> FitReport:
     """The closed-form start; `arrow` needs no text but for the scale of its logits."""
+    if statistics is not None and settings.init not in SUMMED:
+        raise InputError(
+            f"statistics are kept for init {', '.join(SUMMED)}, but it is {settings.init}; leave "
+            "them out"
+        )
     chosen = FitSettings(
         method="random" if settings.init == "arrow" else settings.init,
         penalty=settings.penalty,
@@ -216,4 +231,12 @@ def _fit(
         seed=seed,
     )
     weights = arrow_weights(composite.model) if settings.init == "arrow" else None
-    return fit(composite.model, data, own_expert, chosen, progress, weights=weights)
+    kept = None
+    if statistics is not None:
+        text, gates = hold_back(data)[0], linear_gates(composite.model)
+        kept = collect_or_keep(
+            statistics, composite.model, gates, text, own_expert, chosen, progress
+        )
+    return fit(
+        composite.model, data, own_expert, chosen, progress, weights=weights, statistics=kept
+    )

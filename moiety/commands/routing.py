@@ -50,6 +50,12 @@ def route(
         list[str] | None, typer.Option(help="Log training to tensorboard, trackio...; repeat.")
     ] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Where trackers write.")] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps what gates saw, so that an added domain is read alone."
+        ),
+    ] = None,
     spread: Annotated[
         str, typer.Option(help="Under torchrun, what processes share out: weights or experts.")
     ] = "none",
@@ -74,6 +80,7 @@ def route(
         checkpoint=checkpoint,
         trackers=tracker or (),
         log_dir=log_dir,
+        statistics=statistics,
         spread=_spread(spread),
         progress=ConsoleProgress(),
     )

@@ -26,15 +26,20 @@ TRAINED = {"train_steps": 4, "objective": "regret", "learning_rate": 0.01}
 @pytest.fixture(scope="module")
 def mixture(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mixture of two experts, which two processes can share out."""
-    folder = tmp_path_factory.mktemp("mixture")
+    return built(world, tmp_path_factory.mktemp("mixture"), experts=2)
+
+
+def built(world: World, folder: Path, experts: int) -> Path:
+    """A mixture of the first of the world's experts, in a folder of its own in `folder`."""
     values = {
-        "experts": world.recipe()["experts"][:2],
+        "experts": world.recipe()["experts"][:experts],
         "prune": {"method": "magnitude", "refit_steps": 0},
-        "compose": {"kind": "mixture", "shared": "soup"},
+        "compose": {"kind": "mixture", "shared": "base"},
         "route": {"train_steps": 0},
     }
-    build(world.write_recipe(folder / "recipe.yaml", **values), folder / "out")
-    return folder / "out"
+    out = folder / f"of-{experts}"
+    build(world.write_recipe(folder / "recipe.yaml", **values), out, work=folder / "work")
+    return out
 
 
 @pytest.fixture
@@ -89,7 +94,8 @@ class Stopping(Silent):
     """A listener that stops the run at its so-manieth note, and knows what was tracked."""
 
     def __init__(self, at: int | None = None) -> None:
-        self.left, self.tracked = at, []
+        self.left = at
+        self.tracked: list[str] = []
 
     def note(self, message: str) -> None:
         """Hear a note."""
@@ -127,6 +133,19 @@ def test_a_stopped_run_fits_once_and_goes_on(world: World, copy: Path, tmp_path:
     found = load_file(copy / "model.safetensors")
     for name, tensor in load_file(even / "model.safetensors").items():
         assert torch.equal(found[name], tensor)
+
+
+def test_an_added_experts_text_alone_is_read(world: World, copy: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**TEXT, "statistics": tmp_path / "statistics"}
+    plain = Route(train_steps=0)
+    route(copy, texts(world), plain, **settings)
+    larger, heard = built(world, tmp_path, experts=3), Stopping()
+    route(larger, texts(world, world.finetunes), plain, progress=heard, **settings)
+    assert [what for what in heard.tracked if what.startswith("gate inputs")] == [
+        "gate inputs of colours"
+    ]
+    with pytest.raises(InputError, match="statistics are kept for init ridge"):
+        route(copy, texts(world), Route(init="random", train_steps=0), **settings)
 
 
 def test_the_checkpoint_of_another_run_is_refused(world: World, copy: Path, tmp_path: Path) -> None:
