@@ -31,7 +31,7 @@ def route(
     model: Annotated[Path, typer.Argument(help="Folder of a composite.")],
     data: Data,
     init: Annotated[
-        str, typer.Option(help="ridge, logistic, centroid, arrow, prompts or random.")
+        str, typer.Option(help="ridge, logistic, centroid, arrow, prompts, random or zeros.")
     ] = "ridge",
     stitch: Annotated[
         float, typer.Option(help="Windows that switch domain, for each of a domain's own.", min=0)
