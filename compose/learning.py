@@ -30,6 +30,7 @@ from moiety.routers.checkpoint import fingerprint
 from moiety.routers.kept import collect_or_keep
 from moiety.routers.labelled import hold_back
 from moiety.routers.masters import Masters
+from moiety.routers.objective import check_objective
 from moiety.routers.passes import input_device, linear_gates
 from moiety.routers.start import load_start, save_start
 from moiety.routers.together import from_first, is_first, join
@@ -145,6 +146,9 @@ def route_model(
     progress = progress if is_first() else SILENT
     if not any(True for gate in find_gates(composite.model) for _ in gate.module.parameters()):
         return RouteReport(None, None)
+    learning = _training(settings, batch_size, seed, checkpoint, trackers, log_dir)
+    if learning is not None:
+        check_objective(find_gates(composite.model), learning)
     gates = Masters(find_gates(composite.model))
     run = _name(composite, data, settings, gates, batch_size, seed) if checkpoint else ""
     fitted = checkpoint and _again(checkpoint, run, gates)
@@ -154,7 +158,7 @@ def route_model(
         gates.write_gates(from_first(lambda: found))
         if checkpoint:
             from_first(lambda: save_start(checkpoint, run, found, fitted))
-    if settings.train_steps == 0:
+    if learning is None:
         return RouteReport(fitted, None)
     parts = {domain: windows.hold_back() for domain, windows in data.items()}
     training = train(
@@ -162,24 +166,38 @@ def route_model(
         {domain: part[0] for domain, part in parts.items()},
         {domain: part[1] for domain, part in parts.items()},
         own_expert,
-        TrainSettings(
-            steps=settings.train_steps,
-            objective=settings.objective,
-            learning_rate=settings.learning_rate,
-            domain_weight=settings.domain_weight,
-            balance=settings.balance,
-            balance_weight=settings.balance_weight,
-            z_weight=settings.z_weight,
-            switching=settings.stitch > 0,
-            batch_size=batch_size,
-            seed=seed,
-            checkpoint=checkpoint,
-            trackers=tuple(trackers),
-            log_dir=log_dir,
-        ),
+        learning,
         progress,
     )
     return RouteReport(fitted, training)
+
+
+def _training(
+    settings: Route,
+    batch_size: int,
+    seed: int,
+    checkpoint: Path | None,
+    trackers: Sequence[str],
+    log_dir: Path | None,
+) -> TrainSettings | None:
+    """How to train, None for no step."""
+    if settings.train_steps == 0:
+        return None
+    return TrainSettings(
+        steps=settings.train_steps,
+        objective=settings.objective,
+        learning_rate=settings.learning_rate,
+        domain_weight=settings.domain_weight,
+        balance=settings.balance,
+        balance_weight=settings.balance_weight,
+        z_weight=settings.z_weight,
+        switching=settings.stitch > 0,
+        batch_size=batch_size,
+        seed=seed,
+        checkpoint=checkpoint,
+        trackers=tuple(trackers),
+        log_dir=log_dir,
+    )
 
 
 def _name(

@@ -158,6 +158,15 @@ def test_the_checkpoint_of_another_run_is_refused(world: World, copy: Path, tmp_
         route(copy, texts(world), Route(train_steps=0), **settings)
 
 
+def test_a_balance_that_gates_cannot_have_is_refused_before_the_fit(
+    world: World, copy: Path
+) -> None:
+    heard = Stopping()
+    with pytest.raises(InputError, match="selection bias for balance 'bias'"):
+        route(copy, texts(world), Route(balance="bias"), progress=heard, **TEXT)
+    assert heard.tracked == []
+
+
 def test_text_that_cannot_teach_is_refused_and_changes_nothing(
     world: World, copy: Path, tmp_path: Path
 ) -> None:
