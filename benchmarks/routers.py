@@ -72,6 +72,7 @@ class Bench:
         switched = self._read(made.composite, self.texts.switched, policy and policy())
         foreign = self._read(made.composite, self.texts.foreign, policy and policy())
         oracle, oracle_switched = self.oracle(row.kind)
+        share, extra = (None, None) if row.control else self._overhead(row.kind, made.composite)
         return {
             "router": row.name,
             "composite": row.kind,
@@ -81,7 +82,8 @@ class Bench:
             "regret": _mean(readings) - _mean(oracle),
             **routing_figures(readings, len(made.composite.experts)),
             "fit_seconds": made.seconds if row.fit != "none" else 0.0,
-            "decode_overhead": None if row.control else self._overhead(row.kind, made.composite),
+            "decode_overhead": share,
+            "decode_milliseconds": extra,
             "foreign_loss": None if row.control == "oracle" else foreign.loss,
             "switch": {
                 "loss": switched.loss,
@@ -118,7 +120,7 @@ class Bench:
     def _read(self, composite: Composite, text: LabelledText, policy: Policy | None) -> Reading:
         return read(composite.model, text, policy, self.batch_size)
 
-    def _overhead(self, kind: Kind, composite: Composite) -> float:
+    def _overhead(self, kind: Kind, composite: Composite) -> tuple[float, float]:
         return decode_overhead(
             composite.model, self.plain(kind).model, self.texts.switched.ids_WC[0]
         )

@@ -19,7 +19,7 @@ def _rows_table(content: dict[str, Any], kind: str) -> Table:
     title = f"{kind}: context {context}, seed {seed}, {content['windows']} windows, "
     title += f"{content['device']}" + (f"; base on foreign text {base:.3f}" if base else "")
     table = Table(title=title, title_justify="left")
-    headings = ("k", "loss", "regret", "own", "NMI", "load", "fit s", "decode")
+    headings = ("k", "loss", "regret", "own", "NMI", "load", "fit s", "decode", "ms")
     table.add_column("router")
     for heading in (*headings, "foreign", "switch regret", "own after 8 / 16 / 32 / 64"):
         table.add_column(heading, justify="right")
@@ -41,6 +41,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         *(f"{row[name]:.2f}" for name in names),
         _shown(row["fit_seconds"] or None, ".1f"),
         _shown(row["decode_overhead"], "+.1%"),
+        _shown(row.get("decode_milliseconds"), "+.2f"),
         _shown(row["foreign_loss"], ".3f"),
         f"{row['switch']['regret']:.4f}",
         shares,

@@ -4,13 +4,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
 
 import moiety.compose.routed
 import moiety.experts.quantizer  # noqa: F401
@@ -19,6 +20,9 @@ from moiety.experts.checkpoint import Checkpoint, local_folder
 from moiety.experts.preflight import load_tokenizer
 from moiety.files import sync
 from moiety.routers import find_gates
+from moiety.routers.together import process_count, whole
+
+Spread = Literal["none", "weights", "experts"]
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,23 @@ class Composite:
         return {domain: self.experts.index(domain) for domain in domains}
 
 
-def open_composite(model: str | Path, dtype: str | torch.dtype = "auto") -> Composite:
+def open_composite(
+    model: str | Path, dtype: str | torch.dtype = "auto", *, spread: Spread = "none"
+) -> Composite:
     """Open a composite or any other transformers MoE (folder or hub id) with its tokenizer.
 
-    Raises InputError when there is no such model, it is no MoE, or its files are damaged.
+    `spread` says what of it each process of a `torchrun` holds: everything, a share of all
+    `weights` (FSDP), or so and `experts` of its own (expert parallelism). Raises InputError when
+    there is no such model, it is no MoE, its files are damaged, or it cannot be spread so.
     """
     folder = local_folder(model)
+    spreading = {} if spread == "none" else {"distributed_config": _distributed(spread)}
     try:
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **spreading).eval()
+    except ValueError as error:
+        if spread == "none" or isinstance(error, InputError):
+            raise
+        raise InputError(f"expected a model whose {spread} can be spread, but: {error}") from error
     except (OSError, RuntimeError) as error:
         raise InputError(f"expected a model in {folder}, but: {error}") from error
     gates = find_gates(network)
@@ -57,22 +70,33 @@ def open_composite(model: str | Path, dtype: str | torch.dtype = "auto") -> Comp
     return Composite(folder, network, load_tokenizer(folder), tuple(experts))
 
 
+def _distributed(spread: Spread) -> DistributedConfig:
+    processes = process_count()
+    if processes < 2:
+        raise InputError(
+            f"expected several processes to spread {spread} over, but there is one; start under "
+            "torchrun or accelerate launch"
+        )
+    experts = processes if spread == "experts" else 1
+    return DistributedConfig(fsdp_size=processes, ep_size=experts)
+
+
 def gate_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What the gates have learned, by its names in the model."""
+    """What the gates have learned, by its names in the model; every process has to ask."""
     return {
-        f"{gate.name}.{name}": tensor.detach().cpu().contiguous()
+        f"{gate.name}.{name}": whole(tensor.detach()).cpu().contiguous()
         for gate in find_gates(model)
         for name, tensor in gate.module.state_dict().items()
     }
 
 
-def save_gates(folder: Path, model: PreTrainedModel) -> None:
-    """Write the model's gates into the checkpoint in `folder`; no other tensor changes.
+def save_gates(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write gates (of `gate_weights`) into the checkpoint in `folder`; no other tensor changes.
 
     Each weight file is replaced in one step, so a reader sees the old gates or the new ones.
     """
     checkpoint = Checkpoint(folder)
-    gates = {_on_disk(name, checkpoint): gate for name, gate in gate_weights(model).items()}
+    gates = {_on_disk(name, checkpoint): gate for name, gate in weights.items()}
     for file in sorted(set(checkpoint.files.values())):
         names = [name for name, place in checkpoint.files.items() if place == file]
         if any(name in gates for name in names):

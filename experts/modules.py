@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import (
     ExpertsInterface,
     _default_apply_gate,
@@ -27,6 +28,10 @@ TILED_PATTERN = Pattern(2, 4)
 ENDS = ("", "_mask", "_scale")
 # The tensors of the kernels' own layout, in the order of the fields of `kernels.Weights`.
 OWN_ENDS = ("_tiles", "_codes", "_codes_scale")
+
+
+def _here(tensor: Tensor | None) -> Tensor | None:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class PackedModule(nn.Module):
@@ -69,11 +74,14 @@ class PackedModule(nn.Module):
     def packed(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """The values, mask and scales (None unless the values are integers) called `name`.
 
-        As they are stored; made again from the tiles where those took their place.
+        As they are stored; made again from the tiles where those took their place. Of matrices
+        spread over processes, this one's.
         """
         if name in self._tiled:
             return self._from_tiles(name)
-        return getattr(self, name), getattr(self, f"{name}_mask"), getattr(self, f"{name}_scale")
+        values, mask, scale = (_here(getattr(self, f"{name}{end}")) for end in ENDS)
+        assert values is not None and mask is not None
+        return values, mask, scale
 
     @property
     def packed_names(self) -> list[str]:
@@ -116,7 +124,8 @@ class PackedModule(nn.Module):
         """Bring 2:4 matrices into the kernels' own layout.
 
         It takes the stored tensors' place; `state_dict` and `packed` still give those, and any move
-        to another device or dtype goes through them. Nothing happens where there are no kernels.
+        to another device or dtype goes through them. Nothing happens where there are no kernels, or
+        to matrices spread over processes, which are saved as such.
         """
         tiles = {name: self._tiles_of(name) for name in self.widths if name not in self._tiled}
         if None in tiles.values():
@@ -149,9 +158,11 @@ class PackedModule(nn.Module):
         return 1
 
     def _tiles_of(self, name: str) -> kernels.Weights | None:
-        stored = self.weights(name)
-        if len({tensor.device for tensor in self.packed(name) if tensor is not None}) > 1:
+        tensors = [tensor for end in ENDS if (tensor := getattr(self, f"{name}{end}")) is not None]
+        spread = any(isinstance(tensor, DTensor) for tensor in tensors)
+        if spread or len({tensor.device for tensor in tensors}) > 1:
             return None
+        stored = self.weights(name)
         parts = self._parts(name) if stored.values.device.type == "cpu" else 1
         apart = stored.regrouped(stored.stack * parts) if parts > 1 else stored
         return kernels.tiled(apart, prefill=self.prefill)
@@ -265,6 +276,9 @@ def _sparse_forward(
     module: "SparseExperts", hidden_TD: Tensor, experts_TA: Tensor, weights_TA: Tensor
 ) -> Tensor:
     gate_up, down = module.weights("gate_up_proj"), module.weights("down_proj")
+    if getattr(module, "_is_expert_parallel", False):
+        # Routes to other processes' experts come with the number after the last and no weight.
+        experts_TA = experts_TA.clamp(max=module.num_experts - 1)
     return kernels.sparse_experts(
         hidden_TD, gate_up, down, experts_TA, weights_TA, module.activation
     )

@@ -7,6 +7,7 @@ is replaced in one step. A reader therefore sees the old state or the whole new 
 import hashlib
 import os
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moiety.errors import InputError
 from moiety.files import check_writable, digest, digest_of_file, read_json, sync, write_json
+from moiety.routers.together import whole
 
 STATE = "state.json"
 SAMPLED = 64
@@ -38,13 +39,25 @@ class State:
     tensors: dict[str, Tensor]
 
 
-def fingerprint(model: nn.Module, settings: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Name a run by its settings, its text (`tensors`, all of it) and its model (a sample)."""
+def fingerprint(
+    model: nn.Module,
+    settings: dict[str, Any],
+    tensors: dict[str, Tensor],
+    without: Collection[str] = (),
+) -> str:
+    """Name a run by its settings, its text (`tensors`, all of it) and its model (a sample).
+
+    The model's tensors named in `without` do not count.
+    """
     return digest(
         {
             "settings": settings,
             "text": {name: _bytes(tensor) for name, tensor in tensors.items()},
-            "model": {name: _sample(tensor) for name, tensor in model.state_dict().items()},
+            "model": {
+                name: _sample(tensor)
+                for name, tensor in model.state_dict().items()
+                if name not in without
+            },
         }
     )
 
@@ -52,9 +65,7 @@ def fingerprint(model: nn.Module, settings: dict[str, Any], tensors: dict[str, T
 def _sample(tensor: Any) -> Any:
     if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.numel() == 0:
         return str(type(tensor))
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
-    flat = tensor.flatten()
+    flat = whole(tensor).flatten()
     step = max(1, flat.numel() // SAMPLED)
     return [str(tensor.dtype), list(tensor.shape), _bytes(flat[::step])]
 

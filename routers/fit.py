@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
+import torch
 from torch import Tensor, nn
 
 from moiety.errors import InputError
@@ -22,8 +23,8 @@ from moiety.routers.router import Router
 from moiety.routers.statistics import GateStatistics, collect, stitched_windows
 from moiety.text import Windows
 
-Method = Literal["ridge", "logistic", "centroid", "prompts", "random"]
-CONTROLS = ("random", "prompts")
+Method = Literal["ridge", "logistic", "centroid", "prompts", "random", "zeros"]
+CONTROLS = ("random", "prompts", "zeros")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +93,8 @@ def fit(
 
     Weights change in place and keep their dtype; nothing else in the model changes, but for
     selection biases, which start at 0 again. Three quarters of a domain's documents give the
-    statistics; the rest choose the scale of the logits (the controls "random" and "prompts" keep
-    scale 1) and measure accuracy. A domain with fewer than four windows is used for both.
+    statistics; the rest choose the scale of the logits (the controls "random",
+    "prompts" and "zeros" keep scale 1) and measure accuracy. A domain with fewer than four windows is used for both.
     `weights`, by the gates' names, are scaled and written as they are (`initialise.arrow`);
     `statistics` of an earlier `collect` on `labelled.hold_back(data)[0]` save its pass.
     Raises InputError for gates that are not linear or have nothing to fit, absolute scores
@@ -149,6 +150,8 @@ def _solved(
         return _given(gates, weights), 0.0
     if settings.method == "random":
         return [_random(gate, settings.seed) for gate in gates], 0.0
+    if settings.method == "zeros":
+        return [torch.zeros_like(_random(gate, 0)) for gate in gates], 0.0
     _check_scores(gates)
     stitch = 0.0 if settings.method == "prompts" or statistics else settings.stitch
     if statistics is None:

@@ -17,6 +17,7 @@ from moiety.routers import initialise
 from moiety.routers.gates import Gate, Route, forced, one_hot, watched
 from moiety.routers.passes import evaluating, run_decoder
 from moiety.routers.router import Router
+from moiety.routers.together import put
 from moiety.text import Windows
 
 
@@ -57,11 +58,10 @@ def write(gates: Sequence[Gate], weights: Sequence[Tensor]) -> None:
 
     What chose experts beside the old weights, the selection bias of a sigmoid router, starts anew.
     """
-    with torch.no_grad():
-        for gate, weight_EW in zip(gates, weights, strict=True):
-            cast(Tensor, gate.module.weight).copy_(weight_EW)
-            for bias_E in gate.module.buffers():
-                bias_E.zero_()
+    for gate, weight_EW in zip(gates, weights, strict=True):
+        put(cast(Tensor, gate.module.weight), weight_EW)
+        for bias_E in gate.module.buffers():
+            bias_E.zero_()
 
 
 def score(

@@ -10,8 +10,10 @@ from typing import cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moiety.routers.gates import Gate
+from moiety.routers.together import put, whole
 
 
 def gate_weights(gates: Sequence[Gate]) -> dict[str, nn.Parameter]:
@@ -60,18 +62,29 @@ class Masters:
         self.weights = gate_weights(gates)
         self._biases = gate_biases(gates)
         self.masters = {
-            name: nn.Parameter(weight_EW.detach().float().clone())
+            name: nn.Parameter(whole(weight_EW.detach()).float().clone())
             for name, weight_EW in self.weights.items()
         }
         self.biases = {name: bias_E.float().clone() for name, bias_E in self._biases.items()}
 
+    @property
+    def names(self) -> list[str]:
+        """The tensors' names in the model, biases included."""
+        return list(self._held())
+
     def take_gradients(self, accelerator: Accelerator) -> None:
-        """Move the gates' gradients to the masters, summed over the processes."""
+        """Move the gates' gradients to the masters, summed over the processes.
+
+        A gate that is spread over them has the mean of their gradients already.
+        """
         for name, master_EW in self.masters.items():
             gradient_EW = self.weights[name].grad
-            if gradient_EW is None:
-                gradient_EW = torch.zeros_like(self.weights[name])
-            master_EW.grad = cast(Tensor, accelerator.reduce(gradient_EW.float(), "sum"))
+            if isinstance(gradient_EW, DTensor):
+                master_EW.grad = gradient_EW.full_tensor().float() * accelerator.num_processes
+            else:
+                if gradient_EW is None:
+                    gradient_EW = torch.zeros_like(master_EW)
+                master_EW.grad = cast(Tensor, accelerator.reduce(gradient_EW.float(), "sum"))
             self.weights[name].grad = None
 
     def balance(self, counts: Sequence[Tensor], step: float) -> None:
@@ -89,14 +102,13 @@ class Masters:
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of the gates as they are, their biases included."""
-        return {name: tensor.detach().clone() for name, tensor in self._held().items()}
+        return {name: whole(tensor.detach()).clone() for name, tensor in self._held().items()}
 
-    @torch.no_grad()
     def write_gates(self, values: Mapping[str, Tensor]) -> None:
         """Set the gates, leaving the masters."""
         held = self._held()
         for name, value in values.items():
-            held[name].copy_(value)
+            put(held[name], value.detach())
 
     def _held(self) -> dict[str, Tensor]:
         return {**self.weights, **self._biases}

@@ -25,8 +25,8 @@ from moiety.routers.losses import (
 )
 from moiety.routers.passes import input_device, predicted_tokens
 from moiety.routers.settings import TrainSettings
-from moiety.routers.sharding import is_sharded
 from moiety.routers.targets import expert_losses, followed, teacher_logits
+from moiety.routers.together import is_sharded
 from moiety.scoring import token_losses
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moiety.errors import InputError
 from moiety.routers.gates import Gate, find_gates
 from moiety.routers.labelled import LabelledText
+from moiety.routers.together import is_sharded
 from moiety.scoring import token_losses
 from moiety.text import Windows
 
@@ -86,12 +87,14 @@ def input_device(model: nn.Module) -> torch.device:
 def run_decoder(model: nn.Module, text: Windows | LabelledText) -> None:
     """Run the decoder for what its gates see: no cache, no gradient.
 
-    Vocabulary logits are left out, unless the head has a gate of its own.
+    Vocabulary logits are left out, unless the head has a gate of its own or the weights are
+    sharded, which only a pass through the whole model gathers.
     """
     device = input_device(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     routed_head = isinstance(getattr(head, "router", None), nn.Module)
-    decoder = model if routed_head else getattr(model, "base_model", model)
+    everything = routed_head or is_sharded(model)
+    decoder = model if everything else getattr(model, "base_model", model)
     decoder(
         input_ids=text.ids_WC.to(device),
         attention_mask=text.mask_WC.to(device),

@@ -1,4 +1,9 @@
-"""Frozen weights spread over processes while gates train: for models larger than one device."""
+"""Weights spread over processes while gates train: for models larger than one device.
+
+Either `shard` spreads those of a model in memory, or transformers opens one so
+(`from_pretrained(distributed_config=...)`): with `fsdp_size` all of them are spread, the gates
+among them, with `ep_size` every process also has experts of its own, to which tokens travel.
+"""
 
 from collections.abc import Iterable
 
@@ -31,9 +36,14 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module] | None = None) -> None:
     fully_shard(model, ignored_params=gates)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether any part of a model has been given to `fully_shard`."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+def check_batches(model: nn.Module) -> None:
+    """Raise InputError where processes have to run the same batch, as with tensor parallelism."""
+    size = getattr(model, "_tp_size", None) or 1
+    if size > 1:
+        raise InputError(
+            "expected processes that each run windows of their own, but the model is spread over "
+            f"{size} by tensor parallelism; open it with fsdp_size (and ep_size) instead of tp_size"
+        )
 
 
 def let_go(model: nn.Module) -> None:

@@ -25,7 +25,8 @@ from moiety.routers.objective import batch_loss, check_objective
 from moiety.routers.passes import check_domains, evaluating, input_device, linear_gates
 from moiety.routers.sampling import EqualDomains, LabelledWindows, labelled_texts, loader
 from moiety.routers.settings import TrainReport, TrainSettings
-from moiety.routers.sharding import let_go
+from moiety.routers.sharding import check_batches, let_go
+from moiety.routers.together import from_first
 from moiety.routers.tracking import start_trackers, stop_trackers
 from moiety.text import Windows
 
@@ -56,6 +57,7 @@ def train(
     check_domains(data, own_expert, gates)
     check_domains(heldout, own_expert, gates)
     check_objective(gates, settings)
+    check_batches(model)
     texts = [
         labelled_texts(text, own_expert, settings.switching, settings.seed)
         for text in (data, heldout)
@@ -279,7 +281,9 @@ class _Run:
 
     def _resume(self) -> None:
         folder = self.settings.checkpoint
-        state = checkpoint.load(folder, self.name) if folder else None
+        if folder is None:
+            return
+        state = from_first(lambda: checkpoint.load(folder, self.name))
         if state is None:
             return
         self.step = state.step

@@ -1,7 +1,7 @@
 """The command that learns routers: route."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -22,6 +22,7 @@ from moiety.errors import InputError
 if TYPE_CHECKING:
     from moiety.analysis.tables import Table
     from moiety.compose import RouteReport
+    from moiety.compose.composite import Spread
     from moiety.compose.recipe import Route
 
 
@@ -30,7 +31,7 @@ def route(
     model: Annotated[Path, typer.Argument(help="Folder of a composite.")],
     data: Data,
     init: Annotated[
-        str, typer.Option(help="ridge, logistic, centroid, arrow, prompts or random.")
+        str, typer.Option(help="ridge, logistic, centroid, arrow, prompts, random or zeros.")
     ] = "ridge",
     stitch: Annotated[
         float, typer.Option(help="Windows that switch domain, for each of a domain's own.", min=0)
@@ -49,11 +50,21 @@ def route(
         list[str] | None, typer.Option(help="Log training to tensorboard, trackio...; repeat.")
     ] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Where trackers write.")] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps what gates saw, so that an added domain is read alone."
+        ),
+    ] = None,
+    spread: Annotated[
+        str, typer.Option(help="Under torchrun, what processes share out: weights or experts.")
+    ] = "none",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Learn a composite's gates from labelled text: closed form, then training."""
     from moiety.compose import route as run
+    from moiety.routers.together import is_first
 
     settings = _settings(
         init=init, stitch=stitch, train_steps=train_steps, objective=objective, balance=balance
@@ -69,9 +80,22 @@ def route(
         checkpoint=checkpoint,
         trackers=tracker or (),
         log_dir=log_dir,
+        statistics=statistics,
+        spread=_spread(spread),
         progress=ConsoleProgress(),
     )
-    show(report.to_dict(), [_table(report, model)], as_json)
+    if is_first():
+        show(report.to_dict(), [_table(report, model)], as_json)
+
+
+def _spread(given: str) -> "Spread":
+    from moiety.compose.composite import Spread
+
+    if given not in get_args(Spread):
+        raise InputError(
+            f"--spread must be one of {', '.join(get_args(Spread))}, but it is {given!r}"
+        )
+    return cast("Spread", given)
 
 
 def _settings(**given: Any) -> "Route":

@@ -66,6 +66,7 @@ def test_figures_of_controls(measured: Any) -> None:
     assert uniform["load_entropy"] == pytest.approx(1)
     assert uniform["fit_seconds"] == 0 and uniform["decode_overhead"] is None
     assert ridge["fit_seconds"] > 0 and math.isfinite(ridge["decode_overhead"])
+    assert math.isfinite(ridge["decode_milliseconds"]) and uniform["decode_milliseconds"] is None
     assert 0.5 < ridge["own_domain_share"] < 1
     assert rows["hash of the token"]["own_domain_share"] < ridge["own_domain_share"]
 

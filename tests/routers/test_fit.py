@@ -20,8 +20,10 @@ from moiety.routers import (
     collect,
     find_gates,
     fit,
+    forced,
     initialise,
     merge,
+    uniform,
     watched,
 )
 from moiety.routers.fit import Method
@@ -215,6 +217,16 @@ def test_random_is_a_control_and_keeps_its_scale(toys: ModuleType) -> None:
     assert report.stitched == 0
     expected_ED = initialise.random(toys.EXPERTS, toys.WIDTH, seed=4)
     assert torch.equal(find_gates(model)[1].module.get_parameter("weight"), expected_ED)
+
+
+def test_zeros_for_as_many_as_there_are_experts_are_their_average(toys: ModuleType) -> None:
+    """What a stock gate has of the kind `uniform`."""
+    model = toys.mixtral(active=toys.EXPERTS)
+    fit(model, toys.domains(4), toys.OWN, FitSettings(method="zeros", minimum_tokens=1))
+    ids = torch.arange(16, 40)[None]
+    found = model(input_ids=ids).logits
+    with forced(find_gates(model), uniform()):
+        torch.testing.assert_close(found, model(input_ids=ids).logits)
 
 
 def test_prompts_are_a_control_on_the_models_own_routes(toys: ModuleType) -> None:

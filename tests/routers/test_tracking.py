@@ -1,6 +1,8 @@
 """Trackers hear every step and evaluation, and are refused before any work where they cannot."""
 
 import dataclasses
+import json
+import sqlite3
 from pathlib import Path
 from types import ModuleType
 
@@ -63,3 +65,19 @@ def test_where_a_run_is_followed_does_not_make_it_another(toys: ModuleType, tmp_
 def test_trackers_that_cannot_work_are_refused_first(names: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         dataclasses.replace(SETTINGS, trackers=names)
+
+
+def test_trackio_keeps_every_step_on_this_machine(
+    toys: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    pytest.importorskip("trackio")
+    report = _train(toys, dataclasses.replace(SETTINGS, trackers=("trackio",)))
+    with sqlite3.connect(tmp_path / "moiety-gates.db") as database:
+        rows = database.execute("SELECT step, metrics FROM metrics").fetchall()
+    values: dict[int, dict[str, float]] = {}
+    for step, metrics in rows:
+        values.setdefault(step, {}).update(json.loads(metrics))
+    assert [step for step in sorted(values) if "train/loss" in values[step]] == [1, 2, 3, 4]
+    regrets = {step: one["heldout/regret"] for step, one in values.items() if step % 2 == 0}
+    assert regrets == pytest.approx({one.step: one.regret for one in report.history})
