@@ -75,10 +75,10 @@ def _descend(
     residual_OI = image_OI @ gram_II
     error_O1 = _dot(image_OI, residual_OI)
     residual_OI *= kept_OI
-    direction_OI = torch.zeros_like(value_OI)
+    direction_OI, scaled_OI = torch.zeros_like(value_OI), torch.empty_like(value_OI)
     energy_O1 = torch.zeros_like(error_O1)
     for _ in range(steps):
-        scaled_OI = precondition(residual_OI)
+        precondition(residual_OI, scaled_OI)
         previous_O1, energy_O1 = energy_O1, _dot(residual_OI, scaled_OI)
         direction_OI.mul_(_ratio(energy_O1, previous_O1)).add_(scaled_OI)
         torch.mm(direction_OI, gram_II, out=image_OI).mul_(kept_OI)
@@ -125,8 +125,11 @@ class _Curvature:
         product_IS = factor_IR[:, first_S] * (factor_IR / left_I1)[:, second_S]
         return cls((scale_I1.square() / left_I1)[:, 0], scale_I1 / left_I1 * factor_IR, product_IS)
 
-    def inverse(self, kept_OI: Tensor) -> Callable[[Tensor], Tensor]:
-        """The inverse of each row's kept part, by Woodbury's identity, as a function of (O, I)."""
+    def inverse(self, kept_OI: Tensor) -> Callable[[Tensor, Tensor], object]:
+        """The inverse of each row's kept part, by Woodbury's identity.
+
+        A function of (O, I) that writes into a second (O, I).
+        """
         leading = self.tall_IR.shape[1]
         small_ORR = kept_OI.new_zeros(len(kept_OI), leading, leading)
         first_S, second_S = _lower_triangle(self.tall_IR)
@@ -134,10 +137,10 @@ class _Curvature:
         small_ORR.diagonal(dim1=1, dim2=2).add_(1)
         inverse_ORR = torch.cholesky_inverse(torch.linalg.cholesky(small_ORR))
 
-        def apply(residual_OI: Tensor) -> Tensor:
+        def apply(residual_OI: Tensor, scaled_OI: Tensor) -> None:
             inner_OR = torch.bmm(inverse_ORR, (residual_OI @ self.tall_IR)[..., None])[..., 0]
-            scaled_OI = residual_OI * self.rest_I
-            return scaled_OI.addmm_(inner_OR, self.tall_IR.T, alpha=-1).mul_(kept_OI)
+            torch.mul(residual_OI, self.rest_I, out=scaled_OI)
+            scaled_OI.addmm_(inner_OR, self.tall_IR.T, alpha=-1).mul_(kept_OI)
 
         return apply
 
