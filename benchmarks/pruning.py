@@ -119,13 +119,15 @@ def _quantised(method: Prune, bits: int) -> Prune:
 
 
 def pruning_rows(
-    shapes: Sequence[tuple[int, int]], only: Collection[str] = ()
+    shapes: Sequence[tuple[int, int]], only: Collection[str] = (), rounds: int = FAST_ROUNDS
 ) -> list[dict[str, Any]]:
     """Every method, or the named ones and the peer, on every shape."""
-    return [row for shape in shapes for row in _rows_of(*shape, only)]
+    return [row for shape in shapes for row in _rows_of(*shape, only, rounds)]
 
 
-def _rows_of(rows: int, columns: int, only: Collection[str]) -> list[dict[str, Any]]:
+def _rows_of(
+    rows: int, columns: int, only: Collection[str], fast_rounds: int
+) -> list[dict[str, Any]]:
     weight_OI, gram_II = problem(rows, columns)
     found: dict[str, Tensor] = {}
 
@@ -137,7 +139,7 @@ def _rows_of(rows: int, columns: int, only: Collection[str]) -> list[dict[str, A
         return interleaved(runs, rounds, warm_up)
 
     fast, slow = (_named(methods, only) for methods in contenders())
-    seconds = timed(fast, FAST_ROUNDS, 1) | timed(slow, 1, 0)
+    seconds = timed(fast, fast_rounds, 1) | timed(slow, 1, 0)
     errors = relative_errors(weight_OI, list(found.values()), gram_II)
     return [
         {
@@ -185,12 +187,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small matrices, under a minute")
     parser.add_argument("--shape", type=_shape, action="append", help="such as 4096x4096")
     parser.add_argument("--only", default="", help="methods, comma-separated")
+    parser.add_argument("--rounds", type=int, default=FAST_ROUNDS, help="of the fast methods")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     isa = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
     shapes = arguments.shape or (QUICK_SHAPES if arguments.quick else SHAPES)
-    rows = pruning_rows(shapes, [name for name in arguments.only.split(",") if name])
+    only = [name for name in arguments.only.split(",") if name]
+    rows = pruning_rows(shapes, only, arguments.rounds)
     show(rows, f"CPU {isa}, {threads} threads")
     if arguments.json:
         write_json(arguments.json, {"device": "cpu", "threads": threads, "isa": isa, "rows": rows})
