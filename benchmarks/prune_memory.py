@@ -1,12 +1,15 @@
 """Peak memory of pruning a model of real shapes, against the bytes of one block and of the whole.
 
-    python -m benchmarks.prune_memory [--json FILE] [--windows 16]
+    python -m benchmarks.prune_memory [--json FILE] [--windows 16] [--folder DIR]
 
 Writes a randomly initialised Llama of 1.3 B parameters (24 blocks, 2048 / 5504, bf16) into a
 scratch folder, prunes it in a process of its own and reads that process's peak resident memory.
+With `--folder` the model stays and a run that was cut goes on; `blocks_resumed` then says how many
+blocks the peak does not cover.
 """
 
 import argparse
+import contextlib
 import json
 import resource
 import subprocess
@@ -25,7 +28,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from moiety.experts.shards import write_weights
 from moiety.experts.stream import skeleton
-from moiety.files import write_json
+from moiety.files import read_json, write_json
 
 SHAPE = {
     "hidden_size": 2048,
@@ -76,6 +79,16 @@ def write_text(path: Path, windows: int) -> None:
     path.write_text("\n".join(lines))
 
 
+def _prepared(folder: Path, windows: int, layers: int) -> dict[str, int]:
+    """Sizes of the model in `folder`, which is made if it is not there, and the text beside it."""
+    sizes = folder / f"sizes-{layers}.json"
+    if not sizes.is_file():
+        (folder / "model").mkdir(parents=True)
+        write_text(folder / "text.jsonl", windows)
+        write_json(sizes, random_llama(folder / "model", layers))
+    return read_json(sizes)
+
+
 def child(folder: Path, windows: int, refit_steps: int) -> None:
     """Prune and print seconds and peak memory: what the parent process reads."""
     from moiety.experts import PruneSettings, prune
@@ -97,6 +110,7 @@ def child(folder: Path, windows: int, refit_steps: int) -> None:
         "packed_bytes": report.packed_bytes,
         "errors": report.errors,
         "calibration_tokens": report.calibration_tokens,
+        "blocks_resumed": report.blocks_resumed,
     }
     print(json.dumps(values))
 
@@ -106,13 +120,14 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(windows: int, layers: int, refit_steps: int) -> dict[str, Any]:
-    """Make the model, prune it in a child process, put the figures together."""
-    with tempfile.TemporaryDirectory(prefix="moiety-memory-") as name:
-        folder = Path(name)
-        (folder / "model").mkdir()
-        sizes = random_llama(folder / "model", layers)
-        write_text(folder / "text.jsonl", windows)
+def measure(
+    windows: int, layers: int, refit_steps: int, keep: Path | None = None
+) -> dict[str, Any]:
+    """Make the model (in `keep`, if given), prune it in a child process, put figures together."""
+    with contextlib.ExitStack() as stack:
+        scratch = tempfile.TemporaryDirectory(prefix="moiety-memory-")
+        folder = Path(stack.enter_context(scratch)) if keep is None else keep
+        sizes = _prepared(folder, windows, layers)
         command = [sys.executable, "-m", "benchmarks.prune_memory", "--child", str(folder)]
         options = ["--windows", str(windows), "--refit-steps", str(refit_steps)]
         done = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
@@ -141,12 +156,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--refit-steps", type=int, default=8, help="fewer: the same memory")
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--folder", type=Path, help="keep the model here; go on if cut")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments.child, arguments.windows, arguments.refit_steps)
         return
-    found = measure(arguments.windows, arguments.layers, arguments.refit_steps)
+    found = measure(arguments.windows, arguments.layers, arguments.refit_steps, arguments.folder)
     table = Table("figure", "value", title="peak memory of moiety prune, 2:4 on all linear layers")
     for name, value in found.items():
         shown = f"{value / MIB:,.0f} MiB" if name.endswith("bytes") else str(value)

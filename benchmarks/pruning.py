@@ -1,5 +1,7 @@
 """`python -m benchmarks.pruning [--quick] [--json FILE]`: pruning methods, time and error.
 
+`--shape 4096x4096 --only wanda,alps` measures less; the peer is always among it.
+
 Every method against the published algorithm run plainly, column by column, in the same process
 on the same matrix: seconds, and the relative output error `tr(ΔGΔᵀ) / tr(WGWᵀ)`. Weights are
 random, inputs synthetic: a low-rank part, noise and a few outlier channels. Takes several minutes.
@@ -8,7 +10,7 @@ O out features, I in features, C columns of one block, M of one group, K kept of
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +118,16 @@ def _quantised(method: Prune, bits: int) -> Prune:
     return run
 
 
-def pruning_rows(shapes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Every method on every shape."""
-    return [row for shape in shapes for row in _rows_of(*shape)]
+def pruning_rows(
+    shapes: Sequence[tuple[int, int]], only: Collection[str] = (), rounds: int = FAST_ROUNDS
+) -> list[dict[str, Any]]:
+    """Every method, or the named ones and the peer, on every shape."""
+    return [row for shape in shapes for row in _rows_of(*shape, only, rounds)]
 
 
-def _rows_of(rows: int, columns: int) -> list[dict[str, Any]]:
+def _rows_of(
+    rows: int, columns: int, only: Collection[str], fast_rounds: int
+) -> list[dict[str, Any]]:
     weight_OI, gram_II = problem(rows, columns)
     found: dict[str, Tensor] = {}
 
@@ -132,8 +138,8 @@ def _rows_of(rows: int, columns: int) -> list[dict[str, Any]]:
         runs = {name: lambda name=name: run(name) for name in methods}
         return interleaved(runs, rounds, warm_up)
 
-    fast, slow = contenders()
-    seconds = timed(fast, FAST_ROUNDS, 1) | timed(slow, 1, 0)
+    fast, slow = (_named(methods, only) for methods in contenders())
+    seconds = timed(fast, fast_rounds, 1) | timed(slow, 1, 0)
     errors = relative_errors(weight_OI, list(found.values()), gram_II)
     return [
         {
@@ -146,6 +152,10 @@ def _rows_of(rows: int, columns: int) -> list[dict[str, Any]]:
         }
         for name, error in zip(found, errors, strict=True)
     ]
+
+
+def _named(methods: dict[str, Prune], only: Collection[str]) -> dict[str, Prune]:
+    return {name: run for name, run in methods.items() if not only or name in (PEER, *only)}
 
 
 def show(rows: list[dict[str, Any]], device: str) -> None:
@@ -166,15 +176,25 @@ def show(rows: list[dict[str, Any]], device: str) -> None:
         console.print(table)
 
 
+def _shape(text: str) -> tuple[int, int]:
+    rows, columns = map(int, text.split("x"))
+    return rows, columns
+
+
 def main() -> None:
     """Run all, print the tables, write the JSON if asked."""
     parser = argparse.ArgumentParser(prog="benchmarks.pruning", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small matrices, under a minute")
+    parser.add_argument("--shape", type=_shape, action="append", help="such as 4096x4096")
+    parser.add_argument("--only", default="", help="methods, comma-separated")
+    parser.add_argument("--rounds", type=int, default=FAST_ROUNDS, help="of the fast methods")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     isa = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
-    rows = pruning_rows(QUICK_SHAPES if arguments.quick else SHAPES)
+    shapes = arguments.shape or (QUICK_SHAPES if arguments.quick else SHAPES)
+    only = [name for name in arguments.only.split(",") if name]
+    rows = pruning_rows(shapes, only, arguments.rounds)
     show(rows, f"CPU {isa}, {threads} threads")
     if arguments.json:
         write_json(arguments.json, {"device": "cpu", "threads": threads, "isa": isa, "rows": rows})

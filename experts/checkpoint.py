@@ -17,6 +17,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+OTHER_FORMATS = ("consolidated*", "original/*", "onnx/*")
+"""Files on the hub that hold the same weights again, for other software."""
 
 
 def local_folder(model: str | Path) -> Path:
@@ -30,7 +32,11 @@ def local_folder(model: str | Path) -> Path:
     if path.exists():
         raise InputError(f"expected a model folder at {path}, but it is a file")
     try:
-        return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=[*MODEL_FILES]))
+        return Path(
+            huggingface_hub.snapshot_download(
+                str(model), allow_patterns=[*MODEL_FILES], ignore_patterns=[*OTHER_FORMATS]
+            )
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"expected a model folder or a hub id, but {str(model)!r} is no folder here and the "

@@ -70,7 +70,8 @@ def prune_many(
             texts = [text for texts in rounds for text in texts if text is not None]
             prune(shared_mask, masks, texts, settings, progress, reuse=True)
         state.wait_for_everyone()
-    for tune in finetunes[state.process_index :: state.num_processes]:
+    mine = finetunes[state.process_index :: state.num_processes]
+    for tune in progress.track(mine, "finetunes", len(mine)):
         progress.note(f"{tune.name}: {tune.model}")
         folder, data = out / tune.name, tune.data
         prune(tune.model, folder, data, settings, progress, base=base, masks=masks, reuse=True)

@@ -122,6 +122,23 @@ def check_matrices(
         )
 
 
+def check_values(stream: StreamedModel, settings: PruneSettings, model: DenseView) -> None:
+    """Refuse other values than those of matrices that stay as they were packed before."""
+    before = model.packing
+    if before is None or before.values == settings.values:
+        return
+    pruned = {
+        stream.name(index, module)
+        for index, block in enumerate(stream.blocks)
+        for module in linears_of(block, settings.sites)
+    }
+    if set(before.modules) - pruned:
+        raise InputError(
+            f"expected matrices that were packed before to hold {settings.values} values, but they "
+            f"hold {before.values or 'others'}; prune with those values, or all of them again"
+        )
+
+
 def _check_mask(
     name: str, masks: DenseView, shapes: Headers, pattern: Pattern, shape: tuple[int, int]
 ) -> None:

@@ -18,6 +18,7 @@ from moiety.experts.preflight import (
     check_base,
     check_combination,
     check_matrices,
+    check_values,
     check_vocabulary,
     load_tokenizer,
 )
@@ -178,6 +179,7 @@ class _Run:
         self.stream = StreamedModel(self.view.raw.config, self.view)
         check_vocabulary(self.windows, self.view.config, self.view.folder)
         check_matrices(self.stream, settings, self.base, self.masks)
+        check_values(self.stream, settings, self.view)
 
     def into(self, out: Path, plan: str, rounds: Sequence[dict[str, Any]] = ()) -> PruneReport:
         """Prune every block that is not done yet and write the model to `out`."""

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from moiety.errors import InputError
 from moiety.experts.blocks import BlockResult
 from moiety.experts.checkpoint import Checkpoint
 from moiety.experts.journal import Journal
@@ -74,18 +73,13 @@ def packed_config(
 ) -> PretrainedConfig:
     """The source's configuration with the packed matrices named.
 
-    Matrices that were packed before and are not pruned again keep their pattern. Raises
-    InputError when they hold values of another kind.
+    Matrices that were packed before and are not pruned again keep their pattern; that they hold
+    values of the same kind is checked before (`preflight.check_values`).
     """
     config, before = copy.deepcopy(view.config), view.packing
     patterns = {matrix.name: matrix.pattern for matrix in matrices if matrix.pattern != "dense"}
     if before is not None:
         old = {name: str(before.pattern_of(name)) for name in before.modules}
-        if old.keys() - patterns.keys() and before.values != values:
-            raise InputError(
-                f"expected matrices that were packed before to hold {values} values, but they "
-                f"hold {before.values or 'others'}; prune with those values, or all of them again"
-            )
         patterns = old | patterns
     if patterns:
         config.quantization_config = PackedConfig(

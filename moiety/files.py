@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,13 @@ def sync(path: Path) -> None:
 def new_folder(final: Path) -> Iterator[Path]:
     """Give a scratch folder beside `final` that takes its name when the block ends without error.
 
-    Raises OutputError when `final` exists and is not empty, or its parent cannot be written.
+    Parents that are missing are made, and removed again after an error. Raises OutputError when
+    `final` exists and is not empty, or its parent cannot be written.
     """
     check_new_folder(final)
     _remove_leftovers(final)
+    absent = [parent for parent in final.parents if not parent.exists()]
+    check_writable(final.parent)
     scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.{os.getpid()}.", dir=final.parent))
     try:
         yield scratch
@@ -50,6 +53,15 @@ def new_folder(final: Path) -> Iterator[Path]:
         sync(final.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if not final.exists():
+            _remove_empty(absent)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders as long as they are empty, innermost first."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _remove_leftovers(final: Path) -> None:
@@ -71,7 +83,10 @@ def _alive(process: int) -> bool:
 
 
 def check_new_folder(final: Path) -> None:
-    """Raise OutputError unless `final` can be made: absent or empty, parent writable."""
+    """Raise OutputError unless `final` can be made: absent or empty, parent writable.
+
+    Nothing is made: where parents are missing, the nearest one that exists is tried.
+    """
     if final.is_dir() and any(final.iterdir()):
         raise OutputError(
             f"expected {final} to be absent or empty, but it holds files; "
@@ -79,15 +94,26 @@ def check_new_folder(final: Path) -> None:
         )
     if final.exists() and not final.is_dir():
         raise OutputError(f"expected {final} to be a folder, but it is a file; choose another name")
-    check_writable(final.parent)
+    _try_writing(next(parent for parent in final.absolute().parents if parent.exists()))
 
 
 def check_writable(folder: Path) -> None:
     """Make `folder` if need be and raise OutputError unless a file can be written in it."""
-    try:
+    with _refused(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+    _try_writing(folder)
+
+
+def _try_writing(folder: Path) -> None:
+    with _refused(folder), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextlib.contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    """Errors of the system as an OutputError that names the folder."""
+    try:
+        yield
     except OSError as error:
         raise OutputError(
             f"expected to be able to write in {folder}, but: {error.strerror or error}; "

@@ -1,6 +1,7 @@
 """Reading checkpoints: dtypes, shards, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +87,17 @@ def test_the_digest_names_the_contents(world: Any, shards: Path, copied: Path) -
     assert digest_of_model(shards) == digest_of_model(copied)
     (copied / "config.json").write_text("{}")
     assert digest_of_model(shards) != digest_of_model(copied)
+
+
+def test_a_hub_id_is_found_in_the_cache(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached, commit = tmp_path / "models--owner--tiny", "a" * 40
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    shutil.copytree(world.base, cached / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert Checkpoint("owner/tiny").shapes() == Checkpoint(world.base).shapes()
+    with pytest.raises(InputError, match="'owner/other' is no folder here and the hub gave"):
+        Checkpoint("owner/other")

@@ -166,7 +166,7 @@ def test_wrong_input_is_refused_before_anything_is_written(world: Any, tmp_path:
     binary, empty = tmp_path / "binary", tmp_path / "empty"
     binary.write_bytes(bytes(range(256)))
     empty.write_text(" \n")
-    out = tmp_path / "out"
+    out = tmp_path / "deep" / "out"
     for data, message in ((binary, "binary file"), (empty, "empty"), (tmp_path / "no", "none")):
         with pytest.raises(InputError, match=message):
             prune(model, out, data, SETTINGS)
@@ -174,8 +174,8 @@ def test_wrong_input_is_refused_before_anything_is_written(world: Any, tmp_path:
         prune(tmp_path / "nothing", out, text, SETTINGS)
     with pytest.raises(InputError, match="multiple of 64"):
         prune(model, out, text, PruneSettings(pattern="32:64", context_length=32))
-    assert not out.exists()
-    out.mkdir()
+    assert not out.parent.exists()
+    out.mkdir(parents=True)
     (out / "mine.txt").write_text("kept")
     with pytest.raises(OutputError, match="holds files"):
         prune(model, out, text, SETTINGS)
@@ -274,6 +274,7 @@ def test_a_packed_model_can_be_pruned_further(world: Any, pruned: Path, tmp_path
             assert torch.equal(after[name], before[name])
     with pytest.raises(InputError, match="packed before"):
         prune(pruned, tmp_path / "mixed", text, replace(settings, values="int8"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_dense_pattern_changes_nothing(world: Any, tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ import pytest
 
 from moiety import files
 from moiety.errors import InputError, OutputError
-from moiety.files import digest_of_file, digest_of_folder, new_folder, read_json, write_json
+from moiety.files import (
+    check_new_folder,
+    digest_of_file,
+    digest_of_folder,
+    new_folder,
+    read_json,
+    write_json,
+)
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -25,7 +32,17 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), new_folder(tmp_path / "a") as scratch:
         (scratch / "x").write_text("1")
         raise RuntimeError
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "b" / "c" / "a"):
+        raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_makes_nothing(tmp_path: Path) -> None:
+    check_new_folder(tmp_path / "a" / "b" / "c")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("1")
+    with pytest.raises(OutputError, match="able to write in"):
+        check_new_folder(tmp_path / "file" / "b" / "c")
 
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:

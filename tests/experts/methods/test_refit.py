@@ -1,5 +1,6 @@
 """The refit against exact least squares, and what it does at the edges."""
 
+import importlib
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from moiety.experts import Pattern
 from moiety.experts.methods import Method, magnitude, refit, relative_error, sparsegpt, wanda
 
 TWO_FOUR = Pattern(2, 4)
+refit_module = importlib.import_module("moiety.experts.methods.refit")
 
 
 def least_squares(weight: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
@@ -104,3 +106,17 @@ def test_wrong_types_are_refused(problem: Any) -> None:
     weight, gram = problem(4, 8)
     with pytest.raises(InputError, match="fp32 weight"):
         refit(weight.half(), weight, gram)
+
+
+def test_products_in_bf16_find_the_same(problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gram = problem(32, 256)
+    pruned = sparsegpt(weight, gram, TWO_FOUR)
+    found = {}
+    for fast in (False, True):
+        monkeypatch.setattr(refit_module, "_has_fast_bf16", lambda _device, fast=fast: fast)
+        monkeypatch.setattr(refit_module, "ROUGH_FROM", 1)
+        found[fast] = refit(weight, pruned, gram)
+    assert not torch.equal(found[True], found[False])
+    exact, rough = (relative_error(weight, one, gram) for one in found.values())
+    assert rough == pytest.approx(exact, rel=1e-3)
+    assert not found[True][pruned == 0].any()
