@@ -31,6 +31,7 @@ class Isa(IntEnum):
     AVX2 = 1
     AVX512 = 2
     AVX512_BF16 = 3
+    AMX = 4
 
 
 class _Matrix(ctypes.Structure):

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t JOB_TOKENS = 256, WAVE_TOKENS = 512;
 
-enum Mode { LANES, BLOCKS, DOTS };
+enum Mode { LANES, BLOCKS, DOTS, PANELS };
 
 // Tokens `first` to `first + count` of the sorted order, all of one expert.
 struct Job {
@@ -112,14 +112,16 @@ class Forward {
   Mode mode_of(int64_t tokens) const {
     const bool tiles = call_.down->layout == TILES;
     const int32_t kind = call_.down->kind;
-    if (k_.dots && call_.x.bf16 && tiles && kind != FP16 && kind != FP32) return DOTS;
+    if (k_.dots && call_.x.bf16 && tiles && kind != FP16 && kind != FP32)
+      return k_.panels && tokens > k_.few_dots ? PANELS : DOTS;
     return tokens <= (tiles ? k_.few_tiles : k_.few_rows) ? LANES : BLOCKS;
   }
 
-  // Floats (or for DOTS, halves of them) that tokens of some width take.
+  // Floats (or for DOTS and PANELS, halves of them) that tokens of some width take.
   int64_t room(const Job &job, int64_t width) const {
     if (job.mode == LANES) return job.count * width;
     if (job.mode == BLOCKS) return up_to(job.count, k_.width) * width;
+    if (job.mode == PANELS) return up_to(job.count, PANEL) * width / 2;
     return (job.count + DOTS_PAD) * width / 2;
   }
 
@@ -187,6 +189,7 @@ class Forward {
 
   int64_t gather_items(const Job &job) const {
     if (job.mode == DOTS) return job.count + DOTS_PAD;
+    if (job.mode == PANELS) return up_to(job.count, PANEL);
     if (job.mode == LANES) return job.count;
     return up_to(job.count, k_.block) / k_.block * (up_to(width_, GATHER_COLUMNS) / GATHER_COLUMNS);
   }
@@ -207,6 +210,8 @@ class Forward {
       const bool real = item < job.count;
       if (real) memcpy(to, token(job.first + item), width * 2);
       memset(to + (real ? width : 0), 0, (real ? spare : width_) * 2);
+    } else if (job.mode == PANELS) {
+      gather_panel(job, item);
     } else {
       float *to = job.x + item * width_;
       const void *from = token(job.first + item);
@@ -231,12 +236,30 @@ class Forward {
     memset(block + done * wide, 0, (here - done) * wide * 4);
   }
 
+  // Where a token's columns are, up to the next multiple of CHUNK.
+  static uint16_t *in_panel(float *panels, int64_t width, int64_t token, int64_t column) {
+    uint16_t *panel = (uint16_t *)panels + token / PANEL * PANEL * width;
+    return panel + column / CHUNK * PANEL * CHUNK + token % PANEL * CHUNK + column % CHUNK;
+  }
+
+  void gather_panel(const Job &job, int64_t item) {
+    const uint16_t *from = item < job.count ? (const uint16_t *)token(job.first + item) : nullptr;
+    for (int64_t column = 0; column < width_; column += CHUNK) {
+      uint16_t *to = in_panel(job.x, width_, item, column);
+      const int64_t left = from ? call_.x.width - column : 0;
+      const int64_t real = left < 0 ? 0 : least(left, CHUNK);
+      if (real) memcpy(to, from + column, real * 2);
+      memset(to + real, 0, (CHUNK - real) * 2);
+    }
+  }
+
   bool multiply(const Matrix &m, int64_t which, int64_t row, int64_t rows, const Job &job,
                 const float *x, int64_t width, float *y) const {
     if (job.mode == BLOCKS) return k_.tokens(m, which, row, rows, x, width, job.count, y);
     if (job.mode == LANES)
       return k_.lanes(m, which, row, rows, x, width, job.count, y, GROUP_ROWS);
-    k_.dots(m, which, row, rows, (const uint16_t *)x, width, job.count, y, GROUP_ROWS);
+    (job.mode == DOTS ? k_.dots : k_.panels)(m, which, row, rows, (const uint16_t *)x, width,
+                                             job.count, y, GROUP_ROWS);
     return true;
   }
 
@@ -278,6 +301,9 @@ class Forward {
         float *to = job.inner + t * inner_width_ + row;
         k_.gated(call_.activation, g, u, to, rows);
         memset(to + rows, 0, spare * 4);
+      } else if (job.mode == PANELS) {
+        k_.gated(call_.activation, g, u, g, rows);
+        put_in_panel(job, t, row, rows, spare, g);
       } else {
         uint16_t *to = (uint16_t *)job.inner + t * inner_width_ + row;
         k_.gated(call_.activation, g, u, g, rows);
@@ -285,9 +311,23 @@ class Forward {
         memset(to + rows, 0, spare * 2);
       }
     }
+    if (job.mode == PANELS)
+      for (int64_t t = job.count; t < up_to(job.count, PANEL); t++)
+        put_in_panel(job, t, row, 0, rows + spare, nullptr);
     if (job.mode == DOTS)
       for (int64_t t = job.count; t < job.count + DOTS_PAD; t++)
         memset((uint16_t *)job.inner + t * inner_width_ + row, 0, (rows + spare) * 2);
+  }
+
+  // Inner values of a token from `row` on, zeros behind them.
+  void put_in_panel(const Job &job, int64_t token, int64_t row, int64_t rows, int64_t spare,
+                    const float *values) {
+    for (int64_t r = 0; r < rows + spare; r += TILE_ROWS) {
+      uint16_t *to = in_panel(job.inner, inner_width_, token, row + r);
+      const int64_t real = r < rows ? least(rows - r, TILE_ROWS) : 0;
+      if (real) k_.narrow(values + r, to, real);
+      memset(to + real, 0, (least(rows + spare - r, TILE_ROWS) - real) * 2);
+    }
   }
 
   void results_of(const Job &job, int64_t row, int64_t group, float *y) {
