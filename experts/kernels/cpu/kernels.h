@@ -25,9 +25,9 @@ struct Kernels {
   void (*dots)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
                int64_t x_step, int64_t count, float *y, int64_t y_step);
 
-  // As `dots` for panels of 16 tokens (PANEL), zeros behind them: each holds, for every 32 columns, 16
-  // x 32 of them. Null where the CPU has no AMX.
-  int64_t few_dots;  // up to so many tokens of one matrix, `dots` is the faster one
+  // As `dots` for more than `few_panels` tokens in panels of PANEL, zeros behind them: each holds
+  // PANEL x CHUNK bf16 for every CHUNK columns. Null where the CPU has no AMX.
+  int64_t few_panels;
   void (*panels)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
                  int64_t width, int64_t count, float *y, int64_t y_step);
 
@@ -44,6 +44,7 @@ struct Kernels {
 
 static constexpr int64_t DOTS_PAD = 24;
 static constexpr int64_t PANEL = 16;
+static constexpr int64_t PANEL_ROWS = 256;  // at most, of one call
 static constexpr int64_t GROUP_ROWS = 64;
 
 extern const Kernels portable_kernels;

@@ -4,7 +4,10 @@
 //
 // A panel is 16 tokens; it holds 16 x 32 of them for each chunk of columns.
 
-static constexpr int64_t STRETCH = 8;  // chunks: four tiles of them take two thirds of the L1 cache
+// Chunks of a stretch. Short ones leave room in the L1 cache, long ones spare many tokens' sums the
+// way there and back. Integers have a scale for each short one.
+static constexpr int64_t SHORT_STRETCH = SCALE_CHUNKS, LONG_STRETCH = 8;
+static constexpr int64_t SHORT_TOKENS = 64;
 static constexpr int64_t SQUARE = PANEL * CHUNK;
 static constexpr int64_t MOST_TILES = GROUP_ROWS / TILE_ROWS;
 
@@ -48,10 +51,36 @@ static inline void expand_chunk(const uint8_t *chunk, uint16_t *dense) {
   }
 }
 
+// Where N tiles go on, to be fetched while this stretch of them is expanded and multiplied.
+class Ahead {
+ public:
+  // In so many steps.
+  Ahead(const uint8_t *at, int64_t bytes, int64_t step, int64_t tiles, int64_t steps)
+      : at_(at), start_(at), lines_(bytes / 64 + 1), step_(step), tiles_(tiles),
+        some_((lines_ * tiles + steps - 1) / steps) {}
+
+  inline void fetch() {
+    for (int64_t i = 0; i < some_ && tiles_ > 0; i++, at_ += 64) {
+      __builtin_prefetch(at_, 0, 2);
+      if (++line_ < lines_) continue;
+      line_ = 0;
+      tiles_--;
+      at_ = start_ += step_;
+      at_ -= 64;
+    }
+  }
+
+ private:
+  const uint8_t *at_, *start_;
+  int64_t line_ = 0, lines_, step_, tiles_, some_;
+};
+
 // Adds a panel's product with a stretch of N tiles to registers 0 to N - 1.
 template <int N>
-static inline void panel_products(const uint16_t *x, const uint16_t *dense, int64_t chunks) {
+static inline void panel_products(const uint16_t *x, const uint16_t *dense, int64_t chunks,
+                                  Ahead &ahead) {
   for (int64_t c = 0; c < chunks; c++, x += SQUARE, dense += MOST_TILES * SQUARE) {
+    ahead.fetch();
     _tile_loadd(4, x, 64);
     _tile_loadd(5, dense, 64);
     _tile_dpbf16ps(0, 4, 5);
@@ -108,35 +137,35 @@ static inline void add_scaled(const float *products, const uint8_t *const *scale
   }
 }
 
-// All panels with N tiles, one below the other.
+// All panels with a stretch of N tiles, one below the other.
 template <Kind kind, int N>
-static void panel_tiles(const uint8_t *tile, int64_t size, int64_t chunks, const uint16_t *x,
-                        int64_t width, int64_t count, float *y, int64_t y_step) {
-  alignas(64) uint16_t dense[STRETCH * MOST_TILES * SQUARE];
+static void stretch_products(const uint8_t *tile, int64_t size, int64_t chunk, int64_t some,
+                             const uint8_t *next, const uint16_t *x, int64_t width, int64_t count,
+                             float *y, int64_t y_step) {
+  alignas(64) uint16_t dense[LONG_STRETCH * MOST_TILES * SQUARE];
   alignas(64) float products[PANEL * GROUP_ROWS];
-  // Integers have a scale for so many chunks.
-  constexpr int64_t LONGEST = IS_INTEGER[kind] ? SCALE_CHUNKS : STRETCH;
-  for (int64_t chunk = 0; chunk < chunks; chunk += LONGEST) {
-    const int64_t some = shorter(chunks - chunk, LONGEST);
-    const bool first = chunk == 0;
-    const uint8_t *scales[N];
-    for (int i = 0; i < N; i++) {
-      const uint8_t *at = tile + i * size + chunk_at(kind, chunk);
-      scales[i] = tile + i * size + scale_at(kind, chunk / SCALE_CHUNKS);
-      for (int64_t c = 0; c < some; c++)
-        expand_chunk<kind>(at + c * chunk_bytes(kind), dense + (c * MOST_TILES + i) * SQUARE);
+  const int64_t steps = (N + (count + PANEL - 1) / PANEL) * some;
+  Ahead ahead(next, some * chunk_bytes(kind), size, N, steps);
+  const uint8_t *scales[N];
+  for (int i = 0; i < N; i++) {
+    const uint8_t *at = tile + i * size + chunk_at(kind, chunk);
+    scales[i] = tile + i * size + scale_at(kind, chunk / SCALE_CHUNKS);
+    for (int64_t c = 0; c < some; c++) {
+      ahead.fetch();
+      expand_chunk<kind>(at + c * chunk_bytes(kind), dense + (c * MOST_TILES + i) * SQUARE);
     }
-    for (int64_t t = 0; t < count; t += PANEL) {
-      const uint16_t *panel = x + t * width + chunk * SQUARE;
-      float *to = y + t * y_step;
-      start_sums<N>(to, y_step * 4, first || IS_INTEGER[kind]);
-      panel_products<N>(panel, dense, some);
-      if constexpr (IS_INTEGER[kind]) {
-        keep_sums<N>(products, GROUP_ROWS * 4);
-        add_scaled<N>(products, scales, first, to, y_step);
-      } else {
-        keep_sums<N>(to, y_step * 4);
-      }
+  }
+  const bool first = chunk == 0;
+  for (int64_t t = 0; t < count; t += PANEL) {
+    const uint16_t *panel = x + t * width + chunk * SQUARE;
+    float *to = y + t * y_step;
+    start_sums<N>(to, y_step * 4, first || IS_INTEGER[kind]);
+    panel_products<N>(panel, dense, some, ahead);
+    if constexpr (IS_INTEGER[kind]) {
+      keep_sums<N>(products, GROUP_ROWS * 4);
+      add_scaled<N>(products, scales, first, to, y_step);
+    } else {
+      keep_sums<N>(to, y_step * 4);
     }
   }
 }
@@ -148,17 +177,37 @@ struct alignas(64) Shapes {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Up to GROUP_ROWS rows.
+// All tiles take a stretch before any takes the next, so that the panels' columns of it stay in the L2
+// cache.
+template <Kind kind>
+static void panel_rows(const uint8_t *tile, const Matrix &m, int64_t rows, const uint16_t *x,
+                       int64_t width, int64_t count, float *y, int64_t y_step) {
+  const int64_t size = tile_size(kind, m.columns), chunks = chunks_of(m.columns);
+  const bool brief = IS_INTEGER[kind] || count <= SHORT_TOKENS;
+  const int64_t stretch = brief ? SHORT_STRETCH : LONG_STRETCH;
+  for (int64_t chunk = 0; chunk < chunks; chunk += stretch) {
+    const int64_t some = shorter(chunks - chunk, stretch);
+    for (int64_t r = 0; r < rows; r += GROUP_ROWS) {
+      const uint8_t *here = tile + r / TILE_ROWS * size;
+      const bool last = r + GROUP_ROWS >= rows;
+      const uint8_t *next = last ? tile + chunk_at(kind, chunk + stretch)
+                                 : here + MOST_TILES * size + chunk_at(kind, chunk);
+      const int64_t tiles = (shorter(rows - r, GROUP_ROWS) + TILE_ROWS - 1) / TILE_ROWS;
+      FOR_TILES(tiles, stretch_products<kind, N>(here, size, chunk, some, next, x, width, count,
+                                                 y + r, y_step));
+    }
+  }
+}
+
 static void panels(const Matrix &m, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
                    int64_t width, int64_t count, float *y, int64_t y_step) {
   const Shapes shapes;
   const uint8_t *tile = tile_of(m, which, row);
-  const int64_t size = tile_size(m.kind, m.columns), chunks = chunks_of(m.columns);
   _tile_loadconfig(&shapes);
-  FOR_TILES((rows + TILE_ROWS - 1) / TILE_ROWS, switch (m.kind) {
-    case BF16: panel_tiles<BF16, N>(tile, size, chunks, x, width, count, y, y_step); break;
-    case INT8: panel_tiles<INT8, N>(tile, size, chunks, x, width, count, y, y_step); break;
-    default: panel_tiles<INT4, N>(tile, size, chunks, x, width, count, y, y_step);
-  })
+  switch (m.kind) {
+    case BF16: panel_rows<BF16>(tile, m, rows, x, width, count, y, y_step); break;
+    case INT8: panel_rows<INT8>(tile, m, rows, x, width, count, y, y_step); break;
+    default: panel_rows<INT4>(tile, m, rows, x, width, count, y, y_step);
+  }
   _tile_release();
 }
