@@ -182,7 +182,7 @@ def speed_rows(folder: Path, prefill: int, decode: int, rounds: int) -> list[dic
 
 def _rows(phase: str, batch: int, tokens: int, seconds: dict[str, float]) -> list[dict[str, Any]]:
     best = min(seconds[peer] for peer in PEERS)
-    least = TARGETS.get(tables.isa(), {}).get(batch) if phase == "decode" else None
+    least = TARGETS.get(tables.machine(), {}).get(batch) if phase == "decode" else None
     return [
         {
             "case": f"{phase}, batch {batch}: {variant}",
@@ -231,7 +231,7 @@ def main() -> None:
     parser = tables.parser("decode", __doc__)
     parser.add_argument("--rounds", type=int, default=3, help="the first one warms up")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = tables.applied(parser.parse_args())
     logging.disable_progress_bar()
     if arguments.child:
         child(Path(arguments.child[0]), arguments.child[1])

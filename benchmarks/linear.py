@@ -1,4 +1,4 @@
-"""`python -m benchmarks.linear [--quick] [--json FILE]`: one 2:4 matrix against dense ones.
+"""`python -m benchmarks.linear [--shapes 4096x1024 ...] [--tokens 1,8]`: one 2:4 matrix against dense ones.
 
 Peers hold the same matrix dense: `F.linear` in bf16 and fp32, the best dense path inside torch
 (those two, bf16 without oneDNN, and both with weights packed by oneDNN beforehand), and torch's
@@ -52,7 +52,8 @@ class Turns:
 
 def _copy(weight: Any) -> Any:
     if isinstance(weight, Weights):
-        return weight._replace(values=weight.values.clone())
+        # Tiled again, as a model's are when it is opened.
+        return tiles(kernels.untiled(weight))
     if isinstance(weight, tuple):
         return tuple(_copy(part) for part in weight)
     return weight.to_dense().to_mkldnn() if weight.is_mkldnn else weight.clone()
@@ -128,7 +129,7 @@ def _rows_of(rows: int, columns: int, tokens: Sequence[int]) -> Iterator[dict[st
 
 def _timed(ours: dict[str, Turns], peers: Any, input: Tensor) -> dict[str, float]:
     halves = {torch.float32: input, torch.bfloat16: input.bfloat16()}
-    fastest = tables.isa() == "avx512_bf16"
+    fastest = tables.machine() == "avx512_bf16"
     contenders: dict[str, Callable[[], object]] = {}
     for kind, run in ours.items():
         dtype = torch.bfloat16 if fastest and kind != "fp32" else torch.float32
@@ -143,16 +144,20 @@ PEERS = ("linear_bf16", "linear_fp32", "linear_best", "torch_best", "torch_int8"
 
 def _row(case: str, tokens: int, kind: str, seconds: dict[str, float]) -> dict[str, Any]:
     shown = {name: seconds[name] for name in (kind, *PEERS)}
-    targets = TARGETS.get(tables.isa(), {}) if kind == "bf16" else {}
+    targets = TARGETS.get(tables.machine(), {}) if kind == "bf16" else {}
     return tables.row(case, tokens, kind, shown, targets)
 
 
 def main() -> None:
     """Run all, print the tables, write the JSON if asked."""
-    arguments = tables.parser("linear", __doc__).parse_args()
+    parser = tables.parser("linear", __doc__)
+    parser.add_argument("--shapes", nargs="+", type=tables.numbers, help="as 4096x1024")
+    parser.add_argument("--tokens", type=tables.numbers, default=TOKENS, help="as 1,8,64")
+    arguments = tables.applied(parser.parse_args())
     torch.manual_seed(0)
+    shapes = arguments.shapes or (QUICK_SHAPES if arguments.quick else SHAPES)
     with torch.inference_mode():
-        rows = linear_rows(QUICK_SHAPES if arguments.quick else SHAPES, TOKENS)
+        rows = linear_rows(shapes, arguments.tokens)
     tables.show(rows, "one matrix, 2:4")
     tables.write(rows, arguments.json)
 

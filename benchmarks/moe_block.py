@@ -99,7 +99,7 @@ def _contenders(
     experts: Tensor,
     weights: Tensor,
 ) -> dict[str, Callable[[], Tensor]]:
-    dtype = torch.bfloat16 if tables.isa() == "avx512_bf16" else torch.float32
+    dtype = torch.bfloat16 if tables.machine() == "avx512_bf16" else torch.float32
     own = hidden.to(dtype)
     found: dict[str, Callable[[], Tensor]] = {
         kind: lambda s=stacks: kernels.sparse_experts(own, *s, experts, weights)
@@ -131,16 +131,20 @@ def _row(
         if f"{name}_bf16" in theirs
     }
     shown = {"transformers_best": min(theirs.values()), **best, kind: seconds[kind]}
-    targets = {"transformers_best": TARGETS.get(tables.isa(), {}).get(kind, {})}
+    targets = {"transformers_best": TARGETS.get(tables.machine(), {}).get(kind, {})}
     return tables.row(case, tokens, kind, shown, targets) | {"peer_seconds": theirs}
 
 
 def main() -> None:
     """Run all, print the tables, write the JSON if asked."""
-    arguments = tables.parser("moe_block", __doc__).parse_args()
+    parser = tables.parser("moe_block", __doc__)
+    parser.add_argument("--sizes", nargs="+", type=tables.numbers, help="as 1024x4096")
+    parser.add_argument("--tokens", type=tables.numbers, default=TOKENS, help="as 1,8,64")
+    arguments = tables.applied(parser.parse_args())
     torch.manual_seed(0)
+    sizes = arguments.sizes or (QUICK_SIZES if arguments.quick else SIZES)
     with torch.inference_mode():
-        rows = block_rows(QUICK_SIZES if arguments.quick else SIZES, TOKENS)
+        rows = block_rows(sizes, arguments.tokens)
     tables.show(rows, "routed block, 2:4")
     tables.write(rows, arguments.json)
 

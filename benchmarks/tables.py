@@ -1,6 +1,7 @@
 """How results are shown, compared with their targets, and written."""
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from rich.table import Table
 
 from benchmarks.timing import ratios
 from moiety.experts import kernels
-from moiety.experts.kernels.library import library
+from moiety.experts.kernels.library import Isa, library
 from moiety.files import write_json
 
 Rows = Sequence[Mapping[str, Any]]
+ONEDNN_ISA = "ONEDNN_MAX_CPU_ISA"
 
 
 def isa() -> str:
@@ -23,10 +25,29 @@ def isa() -> str:
     return "reference" if found is None else found.best.name.lower()
 
 
+def machine() -> str:
+    """Whose targets hold: `avx512_bf16` where bf16 is torch's fast dtype, else our kernels' name."""
+    found = library()
+    if found is None or Isa.AVX512_BF16 not in found.supported or found.best < Isa.AVX512:
+        return isa()
+    return "avx512_bf16"
+
+
 def device() -> str:
     """What was measured on."""
     threads, theirs = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    return f"CPU, {threads} threads, torch {torch.__version__} ({theirs}), {kernels.description()}"
+    if limit := os.environ.get(ONEDNN_ISA):
+        theirs += f", oneDNN up to {limit}"
+    ours = f"torch {torch.__version__} ({theirs}), {kernels.description()}"
+    return f"{_processor()}, {threads} threads, {ours}"
+
+
+def _processor() -> str:
+    """The CPU's name, as Linux gives it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, "CPU")
 
 
 def row(
@@ -79,11 +100,35 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 
 def parser(module: str, description: str | None) -> argparse.ArgumentParser:
-    """Arguments that every benchmark takes."""
+    """Arguments that every benchmark takes; `applied` puts the last two into force."""
     made = argparse.ArgumentParser(prog=f"benchmarks.{module}", description=description)
     made.add_argument("--json", type=Path, help="also write the rows to this file")
     made.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    made.add_argument("--isa", choices=[isa.name.lower() for isa in Isa], help="of our kernels")
+    made.add_argument(
+        "--onednn-isa",
+        metavar="ISA",
+        help="the most that torch's oneDNN may use, for instance AVX512_CORE_BF16: no AMX",
+    )
     return made
+
+
+def applied(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The same, with oneDNN (before its first product) and our kernels as they were chosen."""
+    if arguments.onednn_isa:
+        os.environ[ONEDNN_ISA] = arguments.onednn_isa
+    found = library()
+    if arguments.isa and found is not None:
+        chosen = Isa[arguments.isa.upper()]
+        if chosen not in found.supported:
+            raise SystemExit(f"this CPU does not have {chosen.name}")
+        found.best = chosen
+    return arguments
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """What `1,8,64` and `4096x1024` name."""
+    return tuple(int(part) for part in text.replace("x", ",").split(","))
 
 
 def write(rows: Rows, path: Path | None) -> None:

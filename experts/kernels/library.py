@@ -25,12 +25,13 @@ _BAD_MASK, _NO_MEMORY = 1, 2
 
 
 class Isa(IntEnum):
-    """Instruction sets with kernels of their own, slowest first."""
+    """Instruction sets with kernels of their own, each with what those before it have."""
 
     PORTABLE = 0
     AVX2 = 1
     AVX512 = 2
     AVX512_BF16 = 3
+    AMX = 4
 
 
 class _Matrix(ctypes.Structure):
@@ -71,7 +72,7 @@ class Library:
         self._functions.moiety_starts.argtypes = [matrix, c_int32, c_void_p]
         self._functions.moiety_expand.argtypes = [matrix, c_int64, c_int32, c_int32, c_void_p]
         self.supported = tuple(isa for isa in Isa if self._functions.moiety_has(isa))
-        self.best = max(self.supported)
+        self.best = Isa(self._functions.moiety_best())
 
     def tile(self, weights: Weights) -> Weights:
         """Tiles of 2:4 matrices in the rows layout; ValueError where a mask is not 2:4."""

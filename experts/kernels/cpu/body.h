@@ -127,7 +127,8 @@ static void transpose(const void *const *rows, int64_t count, bool bf16, int64_t
 
 // This instruction set's table; the crossovers are measured for each.
 static constexpr Kernels kernels_with(int64_t few_tiles, int64_t few_rows,
-                                      decltype(Kernels::dots) dots) {
-  return {WIDTH, BLOCK, few_tiles, few_rows, few_tokens, many_tokens,
-          dots,  gated, transpose, widen,    narrow};
+                                      decltype(Kernels::dots) dots, int64_t few_panels = 0,
+                                      decltype(Kernels::panels) panels = nullptr) {
+  return {WIDTH, BLOCK,    few_tiles, few_rows, few_tokens, many_tokens, dots,
+          few_panels, panels, gated,     transpose, widen,   narrow};
 }

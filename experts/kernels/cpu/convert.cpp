@@ -1,6 +1,9 @@
 #include "convert.h"
 
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -106,10 +109,21 @@ int64_t tile_bytes(int32_t kind, int64_t rows, int64_t columns) {
   return up_to(rows, TILE_ROWS) * tile_size(kind, columns);
 }
 
+// One pass over a matrix reads all of it, so that few large pages find their way to the CPU sooner.
+static void prefer_large_pages(uint8_t *tiles, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t LARGE = 2 << 20;
+  const uintptr_t start = ((uintptr_t)tiles + LARGE - 1) / LARGE * LARGE;
+  const uintptr_t end = ((uintptr_t)tiles + bytes) / LARGE * LARGE;
+  if (end > start) madvise((void *)start, end - start, MADV_HUGEPAGE);
+#endif
+}
+
 Status tile(const Matrix &from, int threads, uint8_t *tiles) {
   if (from.columns % 4 || from.starts || 2 * from.kept != from.columns) return BAD_ARGUMENT;
   const int64_t each = up_to(from.rows, TILE_ROWS), size = tile_size(from.kind, from.columns);
   Status status = OK;
+  prefer_large_pages(tiles, from.count * each * size);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < from.count * each; i++) {
     const int64_t which = i / each, first = i % each * TILE_ROWS;

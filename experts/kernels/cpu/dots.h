@@ -1,15 +1,6 @@
 // bf16 tokens against a tiled matrix with bf16 products: 16 rows in the lanes, both kept values of
 // a row and group in one dword.
 
-// The kept values of 16 rows of one group as pairs of bf16; codes up to 127 are exact in bf16.
-template <Kind kind>
-static inline __m512i bf16_pair(const uint8_t *group) {
-  if constexpr (kind == BF16) return (__m512i)load_int(group);
-  Vec v0, v1;
-  pair<kind>(group, 0, v0, v1);
-  return _mm512_or_si512(_mm512_srli_epi32((__m512i)v0, 16), (__m512i)v1);
-}
-
 // M tokens with one tile; 16 results a token.
 template <Kind kind, int M>
 static void tile_dots(const uint8_t *tile, int64_t chunks, const uint16_t *x, int64_t x_step,
@@ -34,7 +25,7 @@ static void tile_dots(const uint8_t *tile, int64_t chunks, const uint16_t *x, in
       const uint16_t *input = x + (chunk + one) * CHUNK;
 #pragma GCC unroll 2
       for (int g = 0; g < GROUPS; g++, group += GROUP) {
-        if (M >= 4) __builtin_prefetch(group + 4608);
+        if (M >= FIRST_PREFETCH) __builtin_prefetch(group + 4608);
         const __m512i values = bf16_pair<kind>(group);
         const __m512i places = _mm512_permutexvar_epi32(control, table);
         control = _mm512_srli_epi32(control, 4);

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t JOB_TOKENS = 256, WAVE_TOKENS = 512;
 
-enum Mode { LANES, BLOCKS, DOTS };
+enum Mode { LANES, BLOCKS, DOTS, PANELS };
 
 // Tokens `first` to `first + count` of the sorted order, all of one expert.
 struct Job {
@@ -112,20 +112,23 @@ class Forward {
   Mode mode_of(int64_t tokens) const {
     const bool tiles = call_.down->layout == TILES;
     const int32_t kind = call_.down->kind;
-    if (k_.dots && call_.x.bf16 && tiles && kind != FP16 && kind != FP32) return DOTS;
+    const bool bf16 = call_.x.bf16 && tiles && kind != FP16 && kind != FP32;
+    if (bf16 && k_.panels && tokens > k_.few_panels) return PANELS;
+    if (bf16 && k_.dots) return DOTS;
     return tokens <= (tiles ? k_.few_tiles : k_.few_rows) ? LANES : BLOCKS;
   }
 
-  // Floats (or for DOTS, halves of them) that tokens of some width take.
+  // Floats (or for DOTS and PANELS, halves of them) that tokens of some width take.
   int64_t room(const Job &job, int64_t width) const {
     if (job.mode == LANES) return job.count * width;
     if (job.mode == BLOCKS) return up_to(job.count, k_.width) * width;
+    if (job.mode == PANELS) return up_to(job.count, PANEL) * width / 2;
     return (job.count + DOTS_PAD) * width / 2;
   }
 
   Status wave(int64_t count) {
     static thread_local Scratch scratch;
-    const int64_t results = GROUP_ROWS * (JOB_TOKENS + DOTS_PAD);
+    const int64_t results = PANEL_ROWS * (JOB_TOKENS + DOTS_PAD);
     float *gates = nullptr, *ups = nullptr;
     size_t size = 0;
     for (char *block = nullptr;; block = scratch.take(size)) {
@@ -140,13 +143,16 @@ class Forward {
       if (size) return NO_MEMORY;
       size = pieces.used();
     }
-    const int64_t group = group_rows(inner_), last = group_rows(call_.down->rows);
+    int64_t last = 0;
     int64_t gathered = 0, grouped = 0;
     for (int64_t j = 0; j < count; j++) {
       jobs_[j].gathered = gathered;
       jobs_[j].grouped = grouped;
       gathered += gather_items(jobs_[j]);
+      const int64_t group = group_rows(jobs_[j], inner_);
       grouped += call_.gate_up ? up_to(inner_, group) / group : 0;
+      const int64_t rows = group_rows(jobs_[j], call_.down->rows);
+      last = last < rows ? rows : last;
     }
     const int64_t outputs = up_to(call_.down->rows, last) / last;
     status_ = OK;
@@ -159,20 +165,23 @@ class Forward {
       if (call_.gate_up) {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < grouped; i++)
-          gate_and_up(find(i, count, &Job::grouped), i, group, gate, up);
+          gate_and_up(find(i, count, &Job::grouped), i, gate, up);
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < outputs; i++)
-        for (int64_t j = 0; j < count; j++) results_of(jobs_[j], i * last, last, gate);
+        for (int64_t j = 0; j < count; j++) all_results_of(jobs_[j], i * last, last, gate);
     }
     return status_;
   }
 
   // Rows one thread takes at a time: whole tiles, and enough pieces for all threads.
-  int64_t group_rows(int64_t rows) const {
+  int64_t group_rows(const Job &job, int64_t rows) const {
     const int64_t share = up_to(rows / (4 * call_.threads) + 1, TILE_ROWS);
-    return least(share, GROUP_ROWS);
+    return least(share, most_rows(job));
   }
+
+  // Rows of one product, which lie so far apart in its results.
+  static int64_t most_rows(const Job &job) { return job.mode == PANELS ? PANEL_ROWS : GROUP_ROWS; }
 
   const Job &find(int64_t item, int64_t count, int64_t Job::*first) const {
     int64_t low = 0, high = count;
@@ -187,6 +196,7 @@ class Forward {
 
   int64_t gather_items(const Job &job) const {
     if (job.mode == DOTS) return job.count + DOTS_PAD;
+    if (job.mode == PANELS) return up_to(job.count, PANEL);
     if (job.mode == LANES) return job.count;
     return up_to(job.count, k_.block) / k_.block * (up_to(width_, GATHER_COLUMNS) / GATHER_COLUMNS);
   }
@@ -207,6 +217,8 @@ class Forward {
       const bool real = item < job.count;
       if (real) memcpy(to, token(job.first + item), width * 2);
       memset(to + (real ? width : 0), 0, (real ? spare : width_) * 2);
+    } else if (job.mode == PANELS) {
+      gather_panel(job, item);
     } else {
       float *to = job.x + item * width_;
       const void *from = token(job.first + item);
@@ -231,12 +243,34 @@ class Forward {
     memset(block + done * wide, 0, (here - done) * wide * 4);
   }
 
+  // Where a token's columns are, up to the next multiple of CHUNK.
+  static uint16_t *in_panel(float *panels, int64_t width, int64_t token, int64_t column) {
+    uint16_t *panel = (uint16_t *)panels + token / PANEL * PANEL * width;
+    return panel + column / CHUNK * PANEL * CHUNK + token % PANEL * CHUNK + column % CHUNK;
+  }
+
+  void gather_panel(const Job &job, int64_t item) {
+    const uint16_t *from = item < job.count ? (const uint16_t *)token(job.first + item) : nullptr;
+    for (int64_t column = 0; column < width_; column += CHUNK) {
+      uint16_t *to = in_panel(job.x, width_, item, column);
+      if (from && column + CHUNK <= call_.x.width) {
+        memcpy(to, from + column, CHUNK * 2);
+        continue;
+      }
+      const int64_t left = from ? call_.x.width - column : 0;
+      const int64_t real = left < 0 ? 0 : least(left, CHUNK);
+      if (real) memcpy(to, from + column, real * 2);
+      memset(to + real, 0, (CHUNK - real) * 2);
+    }
+  }
+
   bool multiply(const Matrix &m, int64_t which, int64_t row, int64_t rows, const Job &job,
                 const float *x, int64_t width, float *y) const {
     if (job.mode == BLOCKS) return k_.tokens(m, which, row, rows, x, width, job.count, y);
     if (job.mode == LANES)
-      return k_.lanes(m, which, row, rows, x, width, job.count, y, GROUP_ROWS);
-    k_.dots(m, which, row, rows, (const uint16_t *)x, width, job.count, y, GROUP_ROWS);
+      return k_.lanes(m, which, row, rows, x, width, job.count, y, most_rows(job));
+    (job.mode == DOTS ? k_.dots : k_.panels)(m, which, row, rows, (const uint16_t *)x, width,
+                                             job.count, y, most_rows(job));
     return true;
   }
 
@@ -250,8 +284,9 @@ class Forward {
     return call_.down->layout == TILES ? up_to(rows, TILE_ROWS) : rows;
   }
 
-  void gate_and_up(const Job &job, int64_t item, int64_t group, float *gate, float *up) {
+  void gate_and_up(const Job &job, int64_t item, float *gate, float *up) {
     const Matrix &m = *call_.gate_up;
+    const int64_t group = group_rows(job, inner_);
     const int64_t row = (item - job.grouped) * group, rows = least(inner_ - row, group);
     const bool tiles = m.layout == TILES;
     const int64_t expert = job.expert, above = tiles ? 2 * expert : expert;
@@ -273,11 +308,14 @@ class Forward {
       return;
     }
     for (int64_t t = 0; t < job.count; t++) {
-      float *g = gate + t * GROUP_ROWS, *u = up + t * GROUP_ROWS;
+      float *g = gate + t * most_rows(job), *u = up + t * most_rows(job);
       if (job.mode == LANES) {
         float *to = job.inner + t * inner_width_ + row;
         k_.gated(call_.activation, g, u, to, rows);
         memset(to + rows, 0, spare * 4);
+      } else if (job.mode == PANELS) {
+        k_.gated(call_.activation, g, u, g, rows);
+        put_in_panel(job, t, row, rows, spare, g);
       } else {
         uint16_t *to = (uint16_t *)job.inner + t * inner_width_ + row;
         k_.gated(call_.activation, g, u, g, rows);
@@ -285,19 +323,37 @@ class Forward {
         memset(to + rows, 0, spare * 2);
       }
     }
+    if (job.mode == PANELS)
+      for (int64_t t = job.count; t < up_to(job.count, PANEL); t++)
+        put_in_panel(job, t, row, 0, rows + spare, nullptr);
     if (job.mode == DOTS)
       for (int64_t t = job.count; t < job.count + DOTS_PAD; t++)
         memset((uint16_t *)job.inner + t * inner_width_ + row, 0, (rows + spare) * 2);
   }
 
-  void results_of(const Job &job, int64_t row, int64_t group, float *y) {
+  // Inner values of a token from `row` on, zeros behind them.
+  void put_in_panel(const Job &job, int64_t token, int64_t row, int64_t rows, int64_t spare,
+                    const float *values) {
+    for (int64_t r = 0; r < rows + spare; r += TILE_ROWS) {
+      uint16_t *to = in_panel(job.inner, inner_width_, token, row + r);
+      const int64_t real = r < rows ? least(rows - r, TILE_ROWS) : 0;
+      if (real) k_.narrow(values + r, to, real);
+      memset(to + real, 0, (least(rows + spare - r, TILE_ROWS) - real) * 2);
+    }
+  }
+
+  void all_results_of(const Job &job, int64_t row, int64_t group, float *y) {
+    const int64_t end = least(call_.down->rows, row + group), most = most_rows(job);
+    for (; row < end; row += most) results_of(job, row, least(end - row, most), y);
+  }
+
+  void results_of(const Job &job, int64_t row, int64_t rows, float *y) {
     const Matrix &m = *call_.down;
-    const int64_t rows = least(m.rows - row, group);
     const float *x = call_.gate_up ? job.inner : job.x;
     const int64_t width = call_.gate_up ? inner_width_ : width_;
     if (!multiply(m, job.expert, row, rows, job, x, width, y)) return bad_mask();
     for (int64_t t = 0; t < job.count; t++) {
-      const float *from = y + t * GROUP_ROWS;
+      const float *from = y + t * most_rows(job);
       int64_t step = 1;
       if (job.mode == BLOCKS) {
         const int64_t first = t / k_.block * k_.block;
@@ -316,8 +372,10 @@ class Forward {
       for (int64_t r = 0; r < rows; r++) sums_[at + r] += weight * from[r * step];
       return;
     }
-    float values[GROUP_ROWS];
-    for (int64_t r = 0; r < rows; r++) values[r] = from[r * step];
+    float apart[GROUP_ROWS];
+    const float *values = step == 1 ? from : apart;
+    if (step != 1)
+      for (int64_t r = 0; r < rows; r++) apart[r] = from[r * step];
     if (call_.x.bf16)
       k_.narrow(values, (uint16_t *)call_.out + at, rows);
     else

@@ -56,3 +56,50 @@ static inline __m512 emulated_mm512_permutevar_ps(__m512 from, __m512i control) 
 #define _mm512_cvtph_ps emulated_mm512_cvtph_ps
 #undef _mm512_permutevar_ps
 #define _mm512_permutevar_ps emulated_mm512_permutevar_ps
+
+// AMX: eight registers of 16 rows of 64 bytes, which is all the shapes there are here.
+struct EmulatedTiles {
+  uint8_t rows[8][16][64];
+};
+
+static inline EmulatedTiles &emulated_tiles() {
+  static thread_local EmulatedTiles tiles;
+  return tiles;
+}
+
+static inline void emulated_tile_move(int tile, uint8_t *at, int64_t step, bool store) {
+  for (int row = 0; row < 16; row++) {
+    uint8_t *held = emulated_tiles().rows[tile][row];
+    __builtin_memcpy(store ? at + row * step : held, store ? held : at + row * step, 64);
+  }
+}
+
+static inline void emulated_tile_dpbf16ps(int to, int a, int b) {
+  const EmulatedTiles &tiles = emulated_tiles();
+  for (int i = 0; i < 16; i++) {
+    EmulatedFloats16 sum, first, second;
+    __builtin_memcpy(&sum, tiles.rows[to][i], 64);
+    for (int k = 0; k < 16; k++) {
+      uint32_t one;
+      Emulated16 pairs;
+      __builtin_memcpy(&one, tiles.rows[a][i] + 4 * k, 4);
+      __builtin_memcpy(&pairs, tiles.rows[b][k], 64);
+      first = (EmulatedFloats16)(pairs << 16);
+      second = (EmulatedFloats16)(pairs & (int32_t)0xffff0000);
+      const uint32_t low = one << 16, high = one & 0xffff0000u;
+      float x0, x1;
+      __builtin_memcpy(&x0, &low, 4);
+      __builtin_memcpy(&x1, &high, 4);
+      sum += first * x0;
+      sum += second * x1;
+    }
+    __builtin_memcpy(emulated_tiles().rows[to][i], &sum, 64);
+  }
+}
+
+#define _tile_loadconfig(shapes) (void)(shapes)
+#define _tile_release() (void)0
+#define _tile_zero(tile) __builtin_memset(emulated_tiles().rows[tile], 0, 1024)
+#define _tile_loadd(tile, at, step) emulated_tile_move(tile, (uint8_t *)(at), step, false)
+#define _tile_stored(tile, at, step) emulated_tile_move(tile, (uint8_t *)(at), step, true)
+#define _tile_dpbf16ps(to, a, b) emulated_tile_dpbf16ps(to, a, b)

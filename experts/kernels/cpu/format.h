@@ -19,7 +19,7 @@
 enum Kind : int32_t { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4 };
 enum Layout : int32_t { ROWS = 0, TILES = 1 };
 enum Activation : int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
-enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
+enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
 enum Status : int32_t { OK = 0, BAD_MASK = 1, NO_MEMORY = 2, BAD_ARGUMENT = 3 };
 
 static constexpr int64_t TILE_ROWS = 16;

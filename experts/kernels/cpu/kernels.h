@@ -25,6 +25,12 @@ struct Kernels {
   void (*dots)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
                int64_t x_step, int64_t count, float *y, int64_t y_step);
 
+  // As `dots` for more than `few_panels` tokens in panels of PANEL, zeros behind them: each holds
+  // PANEL x CHUNK bf16 for every CHUNK columns. Null where the CPU has no AMX.
+  int64_t few_panels;
+  void (*panels)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
+                 int64_t width, int64_t count, float *y, int64_t y_step);
+
   void (*gated)(int activation, const float *gate, const float *up, float *out, int64_t count);
 
   // One block (columns x wide) of transposed tokens from rows of bf16 or fp32, null rows are 0.
@@ -37,9 +43,14 @@ struct Kernels {
 };
 
 static constexpr int64_t DOTS_PAD = 24;
+static constexpr int64_t PANEL = 16;
+static constexpr int64_t PANEL_ROWS = 256;  // at most, of one call
 static constexpr int64_t GROUP_ROWS = 64;
 
 extern const Kernels portable_kernels;
 #if defined(MOIETY_X86)
 extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
+#endif
+#if defined(MOIETY_AMX)
+extern const Kernels amx_kernels;
 #endif

@@ -28,7 +28,7 @@ static void tile_lanes(const uint8_t *tile, int64_t chunks, const float *x, int6
         const uint8_t *group = at + CONTROL_BYTES;
 #pragma GCC unroll 2
         for (int g = 0; g < GROUPS; g++, group += GROUP) {
-          if (M >= 4) __builtin_prefetch(group + 4608);
+          if (M >= FIRST_PREFETCH) __builtin_prefetch(group + 4608);
           Vec v0[BOTH], v1[BOTH];
           for (int v = 0; v < BOTH; v++) pair<kind>(group, first + v, v0[v], v1[v]);
           for (int t = 0; t < M; t++) {

@@ -9,6 +9,11 @@
 #define MOIETY_X86
 #endif
 
+#if defined(MOIETY_EMULATE) || \
+    (defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11))
+#define MOIETY_AMX
+#endif
+
 #define MOIETY_PRAGMA(text) _Pragma(#text)
 #if defined(MOIETY_EMULATE)
 #define MOIETY_TARGET(names)

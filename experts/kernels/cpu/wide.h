@@ -2,6 +2,7 @@
 
 static constexpr int64_t WIDTH = 16;
 static constexpr int LIVE = 16;
+static constexpr int FIRST_PREFETCH = 1;
 typedef float Vec __attribute__((vector_size(64)));
 typedef int Int __attribute__((vector_size(64)));
 
@@ -50,3 +51,14 @@ static inline void pair(const uint8_t *group, int, Vec &v0, Vec &v1) {
     v1 = (Vec)_mm512_cvtepi32_ps((__m512i)((both >> 4) - 8));
   }
 }
+
+#if defined(MOIETY_BF16_PAIRS)
+// The kept values of 16 rows of one group as pairs of bf16; codes up to 127 are exact in bf16.
+template <Kind kind>
+static inline __m512i bf16_pair(const uint8_t *group) {
+  if constexpr (kind == BF16) return (__m512i)load_int(group);
+  Vec v0, v1;
+  pair<kind>(group, 0, v0, v1);
+  return _mm512_or_si512(_mm512_srli_epi32((__m512i)v0, 16), (__m512i)v1);
+}
+#endif

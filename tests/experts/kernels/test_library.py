@@ -266,7 +266,7 @@ def test_a_cpu_without_the_instructions_is_named(packs: Any, compiled: Library) 
     with pytest.raises(InputError, match="expected a CPU with AVX2, but it has PORTABLE at best"):
         old.forward(torch.randn(1, 36), weights, isa=Isa.AVX2)
     assert old.forward(torch.randn(1, 36), weights).isfinite().all()
-    assert compiled.supported[0] == Isa.PORTABLE and compiled.best == max(compiled.supported)
+    assert compiled.supported[0] == Isa.PORTABLE and compiled.best in compiled.supported
     assert kernels.description() == f"compiled kernels, {compiled.best.name.replace('_', '-')}"
 
 

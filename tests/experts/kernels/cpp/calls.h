@@ -9,7 +9,7 @@
 
 #include "packed.h"
 
-static const char *const ISA_NAME[4] = {"portable", "avx2", "avx512", "avx512_bf16"};
+static const char *const ISA_NAME[5] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 static const float ROUNDING = 1.0f / 250;  // half a unit in the last place of bf16, and a bit
 
 struct Tally {
@@ -160,7 +160,7 @@ static int32_t call(const Problem &p, int32_t isa, int32_t threads, int64_t toke
 // Whether the kernels round the gated inner values to bf16 on the way.
 static bool rounds_inner(const Problem &p, int32_t isa, const Matrix &down) {
   const bool whole = down.kind == FP16 || down.kind == FP32;
-  return isa == AVX512_BF16 && p.gate_up && p.bf16 && down.layout == TILES && !whole;
+  return isa >= AVX512_BF16 && p.gate_up && p.bf16 && down.layout == TILES && !whole;
 }
 
 static void check(Tally &tally, const Problem &p, int32_t isa, int64_t tokens,

@@ -36,7 +36,7 @@ void check_all(Problem &p, int32_t isa, const std::vector<int64_t> &tokens, cons
 
 std::vector<int32_t> supported() {
   std::vector<int32_t> isas;
-  for (int32_t isa = PORTABLE; isa <= AVX512_BF16; isa++)
+  for (int32_t isa = PORTABLE; isa <= AMX; isa++)
     if (moiety_has(isa)) isas.push_back(isa);
   return isas;
 }
@@ -286,11 +286,11 @@ void test_arguments() {
   tally.expect(moiety_tile(&narrow, 1, &byte) == BAD_ARGUMENT, "6 columns were tiled");
   Problem q = linear(p, "2:4", false, 2, random);
   Values out(false, 2 * p.rows, nullptr);
-  for (int32_t isa = -1; isa <= 4; isa++) {
+  for (int32_t isa = -1; isa <= 5; isa++) {
     const int32_t expected = moiety_has(isa) ? OK : BAD_ARGUMENT;
     tally.expect(call(q, isa, 1, 2, nullptr, p.matrix(), out) == expected, "isa");
   }
-  tally.expect(!moiety_has(-1) && moiety_has(PORTABLE) && !moiety_has(4), "moiety_has");
+  tally.expect(!moiety_has(-1) && moiety_has(PORTABLE) && !moiety_has(5), "moiety_has");
   tally.expect(call(q, PORTABLE, 0, 2, nullptr, p.matrix(), out) == BAD_ARGUMENT, "0 threads");
 }
 

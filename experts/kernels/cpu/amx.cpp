@@ -1,0 +1,27 @@
+// AVX-512, and AMX for all but the fewest tokens.
+
+#include "kernels.h"
+#include "target.h"
+
+#if defined(MOIETY_AMX)
+
+#include "intrinsics.h"
+
+MOIETY_TARGET("avx2,fma,f16c,popcnt,bmi,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
+namespace amx {
+
+#define MOIETY_BF16_PAIRS
+#include "wide.h"
+
+#define MOIETY_EXPAND8
+#include "scalar.h"
+#include "expand8.h"
+#include "body.h"
+#include "panels.h"
+
+}  // namespace amx
+MOIETY_TARGET_END
+
+constexpr Kernels amx_kernels = amx::kernels_with(16, 4, nullptr, 4, amx::panels);
+
+#endif

@@ -1,0 +1,213 @@
+// bf16 tokens against a tiled matrix with AMX, whose registers hold 16 x 32 bf16 or 16 x 16 fp32:
+// one instruction multiplies 16 tokens with 32 columns of 16 rows. It knows no sparsity, so weights
+// are expanded into the L1 cache, a stretch of columns at a time, and used by all tokens there.
+//
+// A panel is 16 tokens; it holds 16 x 32 of them for each chunk of columns.
+
+// Chunks of a stretch. Short ones leave room in the L1 cache, long ones spare many tokens' sums the
+// way there and back. Integers have a scale for each short one.
+static constexpr int64_t SHORT_STRETCH = SCALE_CHUNKS, LONG_STRETCH = 8;
+static constexpr int64_t SHORT_TOKENS = 64;
+static constexpr int64_t SQUARE = PANEL * CHUNK;
+static constexpr int64_t MOST_TILES = GROUP_ROWS / TILE_ROWS;
+
+// For every pair of kept columns, the bytes of (v0, v1) in two of four columns; 0x80 gives 0.
+struct Spread {
+  uint32_t of[16];
+};
+
+static constexpr Spread spread_of(int first_column) {
+  Spread spread = {};
+  for (int nibble = 0; nibble < 16; nibble++) {
+    uint32_t bytes = 0x80808080;
+    for (int half = 0; half < 2; half++) {
+      const int column = first_column + half, shift = 16 * half;
+      const uint32_t kept = (nibble & 3) == column ? 0x0100 : nibble >> 2 == column ? 0x0302 : 0;
+      if (kept) bytes = (bytes & ~(0xffffu << shift)) | kept << shift;
+    }
+    spread.of[nibble] = bytes;
+  }
+  return spread;
+}
+
+alignas(64) static constexpr Spread SPREAD_LOW = spread_of(0), SPREAD_HIGH = spread_of(2);
+
+// One chunk of a tile as AMX wants the second factor: a row for two columns, 16 pairs in it.
+template <Kind kind>
+static inline void expand_chunk(const uint8_t *chunk, uint16_t *dense) {
+  const __m512i low = _mm512_load_si512(SPREAD_LOW.of), high = _mm512_load_si512(SPREAD_HIGH.of);
+  const __m512i lanes = _mm512_broadcast_i32x4(
+      _mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+  __m512i control = (__m512i)load_int(chunk);
+  const uint8_t *group = chunk + CONTROL_BYTES;
+#pragma GCC unroll 4
+  for (int g = 0; g < GROUPS; g++, group += GROUP_BYTES[kind], dense += 64) {
+    const __m512i values = bf16_pair<kind>(group);
+    const __m512i here = _mm512_or_si512(_mm512_permutexvar_epi32(control, low), lanes);
+    const __m512i there = _mm512_or_si512(_mm512_permutexvar_epi32(control, high), lanes);
+    control = _mm512_srli_epi32(control, 4);
+    _mm512_store_si512(dense, _mm512_shuffle_epi8(values, here));
+    _mm512_store_si512(dense + 32, _mm512_shuffle_epi8(values, there));
+  }
+}
+
+// Where N tiles go on, to be fetched while this stretch of them is expanded and multiplied.
+class Ahead {
+ public:
+  // In so many steps.
+  Ahead(const uint8_t *at, int64_t bytes, int64_t step, int64_t tiles, int64_t steps)
+      : at_(at), start_(at), lines_(bytes / 64 + 1), step_(step), tiles_(tiles),
+        some_((lines_ * tiles + steps - 1) / steps) {}
+
+  inline void fetch() {
+    for (int64_t i = 0; i < some_ && tiles_ > 0; i++, at_ += 64) {
+      __builtin_prefetch(at_, 0, 2);
+      if (++line_ < lines_) continue;
+      line_ = 0;
+      tiles_--;
+      at_ = start_ += step_;
+      at_ -= 64;
+    }
+  }
+
+ private:
+  const uint8_t *at_, *start_;
+  int64_t line_ = 0, lines_, step_, tiles_, some_;
+};
+
+// Adds a panel's product with a stretch of N tiles to registers 0 to N - 1.
+template <int N>
+static inline void panel_products(const uint16_t *x, const uint16_t *dense, int64_t chunks,
+                                  Ahead &ahead) {
+  for (int64_t c = 0; c < chunks; c++, x += SQUARE, dense += MOST_TILES * SQUARE) {
+    ahead.fetch();
+    _tile_loadd(4, x, 64);
+    _tile_loadd(5, dense, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (N > 1) {
+      _tile_loadd(6, dense + SQUARE, 64);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if constexpr (N > 2) {
+      _tile_loadd(7, dense + 2 * SQUARE, 64);
+      _tile_dpbf16ps(2, 4, 7);
+    }
+    if constexpr (N > 3) {
+      _tile_loadd(5, dense + 3 * SQUARE, 64);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+}
+
+template <int N>
+static inline void start_sums(const float *y, int64_t step, bool first) {
+  if (first) {
+    _tile_zero(0);
+    if constexpr (N > 1) _tile_zero(1);
+    if constexpr (N > 2) _tile_zero(2);
+    if constexpr (N > 3) _tile_zero(3);
+    return;
+  }
+  _tile_loadd(0, y, step);
+  if constexpr (N > 1) _tile_loadd(1, y + TILE_ROWS, step);
+  if constexpr (N > 2) _tile_loadd(2, y + 2 * TILE_ROWS, step);
+  if constexpr (N > 3) _tile_loadd(3, y + 3 * TILE_ROWS, step);
+}
+
+template <int N>
+static inline void keep_sums(float *y, int64_t step) {
+  _tile_stored(0, y, step);
+  if constexpr (N > 1) _tile_stored(1, y + TILE_ROWS, step);
+  if constexpr (N > 2) _tile_stored(2, y + 2 * TILE_ROWS, step);
+  if constexpr (N > 3) _tile_stored(3, y + 3 * TILE_ROWS, step);
+}
+
+// Adds products of codes, times their rows' scales, to y; or puts them there.
+template <int N>
+static inline void add_scaled(const float *products, const uint8_t *const *scales, bool first,
+                              float *y, int64_t y_step) {
+  for (int i = 0; i < N; i++) {
+    const __m512 scale = (__m512)load_bf16(scales[i]);
+    for (int t = 0; t < PANEL; t++) {
+      float *to = y + t * y_step + i * TILE_ROWS;
+      const __m512 product = _mm512_load_ps(products + (t * MOST_TILES + i) * TILE_ROWS);
+      const __m512 sum = first ? _mm512_setzero_ps() : _mm512_loadu_ps(to);
+      _mm512_storeu_ps(to, _mm512_fmadd_ps(product, scale, sum));
+    }
+  }
+}
+
+// All panels with a stretch of N tiles, one below the other.
+template <Kind kind, int N>
+static void stretch_products(const uint8_t *tile, int64_t size, int64_t chunk, int64_t some,
+                             const uint8_t *next, const uint16_t *x, int64_t width, int64_t count,
+                             float *y, int64_t y_step) {
+  alignas(64) uint16_t dense[LONG_STRETCH * MOST_TILES * SQUARE];
+  alignas(64) float products[PANEL * GROUP_ROWS];
+  const int64_t steps = (N + (count + PANEL - 1) / PANEL) * some;
+  Ahead ahead(next, some * chunk_bytes(kind), size, N, steps);
+  const uint8_t *scales[N];
+  for (int i = 0; i < N; i++) {
+    const uint8_t *at = tile + i * size + chunk_at(kind, chunk);
+    scales[i] = tile + i * size + scale_at(kind, chunk / SCALE_CHUNKS);
+    for (int64_t c = 0; c < some; c++) {
+      ahead.fetch();
+      expand_chunk<kind>(at + c * chunk_bytes(kind), dense + (c * MOST_TILES + i) * SQUARE);
+    }
+  }
+  const bool first = chunk == 0;
+  for (int64_t t = 0; t < count; t += PANEL) {
+    const uint16_t *panel = x + t * width + chunk * SQUARE;
+    float *to = y + t * y_step;
+    start_sums<N>(to, y_step * 4, first || IS_INTEGER[kind]);
+    panel_products<N>(panel, dense, some, ahead);
+    if constexpr (IS_INTEGER[kind]) {
+      keep_sums<N>(products, GROUP_ROWS * 4);
+      add_scaled<N>(products, scales, first, to, y_step);
+    } else {
+      keep_sums<N>(to, y_step * 4);
+    }
+  }
+}
+
+// What the registers hold: all of them 16 rows of 64 bytes.
+struct alignas(64) Shapes {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// All tiles take a stretch before any takes the next, so that the panels' columns of it stay in the L2
+// cache.
+template <Kind kind>
+static void panel_rows(const uint8_t *tile, const Matrix &m, int64_t rows, const uint16_t *x,
+                       int64_t width, int64_t count, float *y, int64_t y_step) {
+  const int64_t size = tile_size(kind, m.columns), chunks = chunks_of(m.columns);
+  const bool brief = IS_INTEGER[kind] || count <= SHORT_TOKENS;
+  const int64_t stretch = brief ? SHORT_STRETCH : LONG_STRETCH;
+  for (int64_t chunk = 0; chunk < chunks; chunk += stretch) {
+    const int64_t some = shorter(chunks - chunk, stretch);
+    for (int64_t r = 0; r < rows; r += GROUP_ROWS) {
+      const uint8_t *here = tile + r / TILE_ROWS * size;
+      const bool last = r + GROUP_ROWS >= rows;
+      const uint8_t *next = last ? tile + chunk_at(kind, chunk + stretch)
+                                 : here + MOST_TILES * size + chunk_at(kind, chunk);
+      const int64_t tiles = (shorter(rows - r, GROUP_ROWS) + TILE_ROWS - 1) / TILE_ROWS;
+      FOR_TILES(tiles, stretch_products<kind, N>(here, size, chunk, some, next, x, width, count,
+                                                 y + r, y_step));
+    }
+  }
+}
+
+static void panels(const Matrix &m, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
+                   int64_t width, int64_t count, float *y, int64_t y_step) {
+  const Shapes shapes;
+  const uint8_t *tile = tile_of(m, which, row);
+  _tile_loadconfig(&shapes);
+  switch (m.kind) {
+    case BF16: panel_rows<BF16>(tile, m, rows, x, width, count, y, y_step); break;
+    case INT8: panel_rows<INT8>(tile, m, rows, x, width, count, y, y_step); break;
+    default: panel_rows<INT4>(tile, m, rows, x, width, count, y, y_step);
+  }
+  _tile_release();
+}
