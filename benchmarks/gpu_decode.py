@@ -42,7 +42,7 @@ def _config(shape: dict[str, Any], experts: int) -> MixtralConfig:
 def mixture(config: MixtralConfig, kind: str | None) -> MixtralForCausalLM:
     """A mixture with random weights on the card; packed as `kind`, or dense."""
     with torch.device("meta"):
-        model = MixtralForCausalLM(config).to(torch.bfloat16).eval()
+        model: Any = MixtralForCausalLM(config).bfloat16().eval()
     for layer in model.model.layers:
         stock = layer.mlp.experts
         layer.mlp.experts = nn.Identity()

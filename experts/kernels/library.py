@@ -240,8 +240,17 @@ def _check(status: int) -> None:
 
 @functools.cache
 def library() -> Library | None:
-    """The library, or None where it was not built."""
-    return Library() if FILE.is_file() else None
+    """The library, or None where it was not built.
+
+    InputError where it was built from other sources than these.
+    """
+    try:
+        return Library() if FILE.is_file() else None
+    except AttributeError as error:
+        raise InputError(
+            f"expected compiled kernels of this version, but {FILE} is of another ({error}); "
+            "install moiety again (pip install -e .)"
+        ) from error
 
 
 def description() -> str:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moiety.experts.kernels import reference
+from moiety.experts.kernels.cuda import layout
 from moiety.experts.kernels.weights import Weights
 
 _MULTIPLE = 32
@@ -29,14 +31,35 @@ def with_metadata(weights: Weights, dense: Tensor) -> Weights:
     fits = weights.kind in ("bf16", "fp16") and rows % _MULTIPLE == columns % _MULTIPLE == 0
     if not fits or not torch.backends.cusparselt.is_available():
         return weights
-    both = torch.empty(stack, rows * columns * 9 // 32, dtype=torch.int32, device=dense.device)
+    stored_mask = layout.stored(weights).mask
+    assert stored_mask is not None
+    words = rows * columns // 4
+    both = torch.empty(stack, words * 9 // 8, dtype=torch.int32, device=dense.device)
     for which in range(stack):
-        compressed = torch._cslt_compress(dense[which]).view(-1)
-        if compressed.nbytes != both[which].nbytes:
+        found = _compressed(weights.values[which], stored_mask[which], dense[which])
+        if found is None or found.numel() != both.shape[1]:
             return weights
-        both[which].copy_(compressed.view(torch.int32))
-    values = both[:, : rows * columns // 4].unflatten(1, (rows, columns // 4))
-    return weights._replace(values=values) if torch.equal(values, weights.values) else weights
+        both[which] = found
+    return weights._replace(values=both[:, :words].unflatten(1, (rows, columns // 4)))
+
+
+def _compressed(values_OK: Tensor, mask_OB: Tensor, dense_OI: Tensor) -> Tensor | None:
+    """The words of one compressed matrix, or None if its values are not those of the planes.
+
+    cuSPARSELt finds the kept columns by their not being zero, so zeros among the kept values stand
+    in as the smallest number until it has.
+    """
+    least = torch.finfo(dense_OI.dtype).tiny
+    kept_OI = reference.unpack_bits(mask_OB, dense_OI.shape[1])
+    marked_OI = dense_OI.masked_fill(kept_OI & (dense_OI == 0), least)
+    words = torch._cslt_compress(marked_OI).reshape(-1).view(torch.int32)
+    values = values_OK.reshape(-1)
+    ours = values.view(dense_OI.dtype)
+    theirs = words[: values.numel()].view(dense_OI.dtype)
+    if not torch.equal(theirs, ours.masked_fill(ours == 0, least)):
+        return None
+    words[: values.numel()] = values
+    return words
 
 
 def compressed(weights: Weights, which: int) -> Tensor | None:
