@@ -8,7 +8,7 @@ The plain version computes the same and runs wherever there is no PTX.
 """
 
 # Triton's own language and its launches are no Python to a type checker.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 
 import triton
 import triton.language as tl
@@ -126,6 +126,57 @@ _INT8_BF16, _INT8_FP16 = _INT8["bf16"], _INT8["fp16"]
 _INT4_BF16, _INT4_FP16 = _INT4["bf16"], _INT4["fp16"]
 _OUTPUTS = tl.constexpr("=&r," * 16)
 _TYPES = tl.constexpr((tl.int32,) * 16)
+
+
+@triton.jit
+def load_words(base, offset_r, start_r, COUNT: tl.constexpr, limit, EVEN: tl.constexpr):
+    """COUNT words of each row from `start_r`, read once and not kept; 0 past the row's end."""
+    at = offset_r[:, None] + tl.arange(0, COUNT)[None, :]
+    if EVEN:
+        words = tl.load(base + at, eviction_policy="evict_first")
+    else:
+        there = start_r[:, None] + tl.arange(0, COUNT)[None, :] < limit
+        words = tl.load(base + at, mask=there, other=0, eviction_policy="evict_first")
+    return words
+
+
+@triton.jit
+def _two(words, ROWS: tl.constexpr, HALF: tl.constexpr):
+    """Words (ROWS, 2 * HALF) as their first and their second half."""
+    return tl.split(tl.permute(words.reshape(ROWS, 2, HALF), (0, 2, 1)))
+
+
+@triton.jit
+def _four(words, ROWS: tl.constexpr, QUARTER: tl.constexpr):
+    low, high = _two(words, ROWS, 2 * QUARTER)
+    w0, w1 = _two(low, ROWS, QUARTER)
+    w2, w3 = _two(high, ROWS, QUARTER)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def expand(
+    codes,
+    packed,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """A span's codes (ROWS, 8) and values as sixteen words of pairs, see `expand_floats`."""
+    W: tl.constexpr = 8
+    if KIND == 8:
+        q0, q1, q2, q3 = _four(packed, ROWS, W)
+        pairs = expand_int8(codes, q0, q1, q2, q3, HALF, PTX)
+    elif KIND == 4:
+        q0, q1 = _two(packed, ROWS, W)
+        pairs = expand_int4(codes, q0, q1, HALF, PTX)
+    else:
+        low, high = _two(packed, ROWS, 4 * W)
+        p0, p1, p2, p3 = _four(low, ROWS, W)
+        p4, p5, p6, p7 = _four(high, ROWS, W)
+        pairs = expand_floats(codes, p0, p1, p2, p3, p4, p5, p6, p7, PTX)
+    return pairs
 
 
 @triton.jit

@@ -19,7 +19,7 @@ R routed rows, N rows and K columns of a matrix, S splits of the columns.
 import triton
 import triton.language as tl
 
-from moiety.experts.kernels.cuda.expand import columns, expand_floats, expand_int4, expand_int8
+from moiety.experts.kernels.cuda.expand import columns, expand, load_words
 
 
 @triton.jit(do_not_specialize=["total", "stack"])
@@ -103,22 +103,14 @@ def product(
     for turn in tl.range(0, EACH, num_stages=STAGES):
         span = begin + turn
         left_r = first_r + span
-        code = _words(codes + span * W, code_r, left_r * W, W, code_words, EVEN)
+        code = load_words(codes + span * W, code_r, left_r * W, W, code_words, EVEN)
         at = span * (WORDS * W)
-        packed = _words(values + at, value_r, left_r * (WORDS * W), WORDS * W, value_words, EVEN)
-        if KIND == 8:
-            q0, q1, q2, q3 = _four(packed, KS * BN, W)
-            pairs = expand_int8(code, q0, q1, q2, q3, HALF, PTX)
-        elif KIND == 4:
-            q0, q1 = _two(packed, KS * BN, W)
-            pairs = expand_int4(code, q0, q1, HALF, PTX)
-        else:
-            low, high = _two(packed, KS * BN, 4 * W)
-            p0, p1, p2, p3 = _four(low, KS * BN, W)
-            p4, p5, p6, p7 = _four(high, KS * BN, W)
-            pairs = expand_floats(code, p0, p1, p2, p3, p4, p5, p6, p7, PTX)
+        packed = load_words(
+            values + at, value_r, left_r * (WORDS * W), WORDS * W, value_words, EVEN
+        )
+        pairs = expand(code, packed, KIND, KS * BN, HALF, PTX)
         if KIND != 16:
-            both = _words(scale + span, scale_r, left_r, 1, scale_words, EVEN)
+            both = load_words(scale + span, scale_r, left_r, 1, scale_words, EVEN)
             both = both.reshape(WARPS, BATCH, 1)
         group = tl.zeros((WARPS, BATCH, BM), tl.float32)
         for plane in tl.static_range(8):
@@ -171,32 +163,6 @@ def _row(program, slot_r, rows, GATED: tl.constexpr, BN: tl.constexpr):
         row_r = program * BN + slot_r
         there = row_r < rows
     return tl.where(there, row_r, 0)
-
-
-@triton.jit
-def _words(base, offset_r, start_r, COUNT: tl.constexpr, limit, EVEN: tl.constexpr):
-    """COUNT words of each row from `start_r`, read once and not kept; 0 past the row's end."""
-    at = offset_r[:, None] + tl.arange(0, COUNT)[None, :]
-    if EVEN:
-        words = tl.load(base + at, eviction_policy="evict_first")
-    else:
-        there = start_r[:, None] + tl.arange(0, COUNT)[None, :] < limit
-        words = tl.load(base + at, mask=there, other=0, eviction_policy="evict_first")
-    return words
-
-
-@triton.jit
-def _two(words, ROWS: tl.constexpr, HALF: tl.constexpr):
-    """Words (ROWS, 2 * HALF) as their first and their second half."""
-    return tl.split(tl.permute(words.reshape(ROWS, 2, HALF), (0, 2, 1)))
-
-
-@triton.jit
-def _four(words, ROWS: tl.constexpr, QUARTER: tl.constexpr):
-    low, high = _two(words, ROWS, 2 * QUARTER)
-    w0, w1 = _two(low, ROWS, QUARTER)
-    w2, w3 = _two(high, ROWS, QUARTER)
-    return w0, w1, w2, w3
 
 
 @triton.jit

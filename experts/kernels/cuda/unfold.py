@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moiety.experts.kernels.cuda.expand import columns, expand_floats, expand_int4, expand_int8
+from moiety.experts.kernels.cuda.expand import columns, expand, load_words
 from moiety.experts.kernels.cuda.layout import SPAN
-from moiety.experts.kernels.cuda.product import _four, _two, _words
 from moiety.experts.kernels.weights import Weights
 
 _ROWS = 32
@@ -76,10 +75,10 @@ def _unfold(
     span = tl.program_id(1)
     matrix = tl.program_id(2).to(tl.int64) * rows
     start_n = tl.zeros((BN,), tl.int32) + span
-    code = _words(
+    code = load_words(
         codes + matrix * code_words + span * W, row_n * code_words, start_n * W, W, code_words, EVEN
     )
-    packed = _words(
+    packed = load_words(
         values + tl.program_id(2).to(tl.int64) * value_step + span * (WORDS * W),
         row_n * value_words,
         start_n * (WORDS * W),
@@ -87,17 +86,7 @@ def _unfold(
         value_words,
         EVEN,
     )
-    if KIND == 8:
-        q0, q1, q2, q3 = _four(packed, BN, W)
-        pairs = expand_int8(code, q0, q1, q2, q3, HALF, PTX)
-    elif KIND == 4:
-        q0, q1 = _two(packed, BN, W)
-        pairs = expand_int4(code, q0, q1, HALF, PTX)
-    else:
-        low, high = _two(packed, BN, 4 * W)
-        p0, p1, p2, p3 = _four(low, BN, W)
-        p4, p5, p6, p7 = _four(high, BN, W)
-        pairs = expand_floats(code, p0, p1, p2, p3, p4, p5, p6, p7, PTX)
+    pairs = expand(code, packed, KIND, BN, HALF, PTX)
     if KIND != 16:
         both = tl.load(scale + matrix * scale_words + row_n * scale_words + span)
     for plane in tl.static_range(8):
