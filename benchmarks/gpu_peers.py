@@ -1,12 +1,9 @@
+# type: ignore  # Triton's own language and its launches are no Python to a type checker.
 """Dense contenders on a GPU: torch's products, transformers' experts, and a twin of our kernel.
 
 The twin is the same Triton product with dense weights, so that what sparsity gains can be told from
 what a peer leaves lying. T tokens, O/I out/in features, F expert width.
 """
-
-# Triton's own language and its launches are no Python to a type checker.
-# pyright: reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
-# pyright: reportPrivateImportUsage=false
 
 import torch
 import triton

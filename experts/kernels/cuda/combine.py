@@ -1,10 +1,8 @@
+# type: ignore  # Triton's own language and its launches are no Python to a type checker.
 """The last step: a token's rows, in any number of partial sums, weighted and added.
 
 T tokens, A active experts, S partial sums, R routed rows, O out features.
 """
-
-# Triton's own language and its launches are no Python to a type checker.
-# pyright: reportCallIssue=false
 
 import torch
 import triton

@@ -1,3 +1,4 @@
+# type: ignore  # Triton's own language and its launches are no Python to a type checker.
 """Packed 2:4 groups to the two 16-bit pairs a tensor core reads: PTX byte lookups, and plain Triton.
 
 A word of codes holds the pattern numbers 0..5 of eight groups, four bits each. `prmt`, which picks
@@ -6,9 +7,6 @@ the kept values where they belong and zeros elsewhere. Integers become exact bf1
 through the bits of a power of two (Kim et al., arXiv:2211.10017); their scale is applied to sums.
 The plain version computes the same and runs wherever there is no PTX.
 """
-
-# Triton's own language and its launches are no Python to a type checker.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 
 import triton
 import triton.language as tl

@@ -1,3 +1,4 @@
+# type: ignore  # Triton's own language and its launches are no Python to a type checker.
 """Products with packed 2:4 matrices as one Triton kernel, for any expert's tokens.
 
 A program takes `BN` rows of one matrix and `BM` tokens of one expert through `KS * EACH` spans of
@@ -12,9 +13,6 @@ compiles to `mma.sync` whose operand is laid out just as the words were expanded
 
 R routed rows, N rows and K columns of a matrix, S splits of the columns.
 """
-
-# Triton's own language and its launches are no Python to a type checker.
-# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl

@@ -1,10 +1,8 @@
+# type: ignore  # Triton's own language and its launches are no Python to a type checker.
 """Which program takes which tokens of which expert, worked out on the device without a host sync.
 
 T tokens, A active experts, R = T * A routes, E experts, M tokens a program takes.
 """
-
-# Triton's own language and its launches are no Python to a type checker.
-# pyright: reportCallIssue=false
 
 from dataclasses import dataclass
 

@@ -1,10 +1,8 @@
+# type: ignore  # Triton's own language and its launches are no Python to a type checker.
 """Planes to dense matrices, for many tokens at once and for gradients.
 
 N rows, K columns of a matrix.
 """
-
-# Triton's own language and its launches are no Python to a type checker.
-# pyright: reportAssignmentType=false, reportCallIssue=false
 
 import torch
 import triton
