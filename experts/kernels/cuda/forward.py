@@ -134,27 +134,20 @@ class GpuKernels:
         shape = (total, rows) if gated else (parts, total, rows)
         output = input.new_empty(shape, dtype=input.dtype if final else torch.float32)
         each = _cdiv(weights.columns, SPAN * choice.sharing * parts)
-        codes = weights.mask
-        assert codes is not None
-        scale = codes if weights.scale is None else weights.scale
-        found = [codes] * 4
+        tensors, sizes = _of_planes(weights)
+        found = [tensors[1]] * 4
         if plan is not None:
             found = [plan.token_R, plan.expert_B, plan.start_B, plan.end_B]
         product[(narrow, blocks, parts)](
             input,
-            weights.values,
-            codes,
-            scale,
+            *tensors,
             output,
             *found,
             total,
             weights.stack,
             weights.rows,
             weights.columns,
-            weights.values.shape[-1],
-            weights.values.stride(0),
-            codes.shape[-1],
-            scale.shape[-1],
+            *sizes,
             KIND=_BITS[weights.kind],
             GATED=gated,
             ACTIVATION=activation or "",
@@ -179,6 +172,15 @@ class GpuKernels:
 def most_tokens(weights: Weights) -> int:
     """Tokens an expert up to which the blocks' kernels are faster."""
     return MOST_TOKENS_DENSE if compressed(weights, 0) is None else MOST_TOKENS_SPARSE
+
+
+def _of_planes(weights: Weights) -> tuple[list[Tensor], list[int]]:
+    """Values, codes and scales (codes where there are none), and the words of each in a row."""
+    codes = weights.mask
+    assert codes is not None
+    scale = codes if weights.scale is None else weights.scale
+    values = [weights.values.shape[-1], weights.values.stride(0)]
+    return [weights.values, codes, scale], [*values, codes.shape[-1], scale.shape[-1]]
 
 
 def _nothing(input_TI: Tensor, down: Weights, base_TO: Tensor | None) -> Tensor:
