@@ -121,28 +121,24 @@ class GpuKernels:
         Sums are fp32, but in the input's dtype where they are final: one matrix, one part. With
         `gather` the input has a row a token, without it a row a route.
         """
-        gated = activation is not None
-        rows = weights.rows // 2 if gated else weights.rows
-        total = len(input) * (active if plan is not None and gather else 1)
+        gated, gather = activation is not None, gather and plan is not None
+        rows = weights.rows // (1 + gated)
+        total = len(input) * (active if gather else 1)
         blocks = _cdiv(total, choice.tokens) if plan is None else plan.blocks
-        narrow = _cdiv(rows, choice.rows // 2 if gated else choice.rows)
-        if gated:
-            parts = 1
-        elif parts is None:
-            parts = splits(choice, narrow * blocks, weights.columns, self.processors)
+        narrow = _cdiv(rows, choice.rows // (1 + gated))
+        if gated or parts is None:
+            programs = narrow * blocks
+            parts = 1 if gated else splits(choice, programs, weights.columns, self.processors)
         final = gated or (plan is None and parts == 1)
         shape = (total, rows) if gated else (parts, total, rows)
         output = input.new_empty(shape, dtype=input.dtype if final else torch.float32)
         each = _cdiv(weights.columns, SPAN * choice.sharing * parts)
         tensors, sizes = _of_planes(weights)
-        found = [tensors[1]] * 4
-        if plan is not None:
-            found = [plan.token_R, plan.expert_B, plan.start_B, plan.end_B]
         product[(narrow, blocks, parts)](
             input,
             *tensors,
             output,
-            *found,
+            *(tensors[1:2] * 4 if plan is None else plan.blocks_of()),
             total,
             weights.stack,
             weights.rows,
@@ -153,7 +149,7 @@ class GpuKernels:
             ACTIVATION=activation or "",
             MODE="one" if plan is None else plan.mode,
             ACTIVE=active,
-            GATHER=gather and plan is not None,
+            GATHER=gather,
             EVEN=weights.columns == SPAN * choice.sharing * parts * each,
             BN=choice.rows,
             BM=choice.tokens,

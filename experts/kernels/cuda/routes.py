@@ -31,6 +31,10 @@ class Plan:
     start_B: Tensor
     end_B: Tensor
 
+    def blocks_of(self) -> list[Tensor]:
+        """What the product reads: tokens of rows, then the blocks."""
+        return [self.token_R, self.expert_B, self.start_B, self.end_B]
+
 
 def plan_routes(experts_TA: Tensor, stack: int, block: int) -> Plan:
     """The plan for `stack` experts and `block` tokens a program."""
