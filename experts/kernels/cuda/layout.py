@@ -4,7 +4,8 @@ A span is 256 columns, 64 groups. A 32-bit word of codes holds the pattern numbe
 that are eight apart: word w of a span those of groups w, w + 8, ..., w + 56, so that one load of
 codes serves eight loads of values in the same place of a thread. Floating-point values stay as they
 are stored, two to a word. Integers are put in the same order: a word holds the values of two (int8)
-or four (int4) of those eight groups. Only codes and integers are filled up to whole spans.
+or four (int4) of those eight groups. Scales lie two to a word, those of one span. Codes, integers
+and scales are filled up to whole spans.
 
 E matrices, O rows, S spans, W words, P planes, B bytes of a row.
 """

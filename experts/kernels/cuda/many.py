@@ -1,6 +1,6 @@
 """Many tokens an expert: sparse tensor cores where planes carry their metadata, else dense matrices.
 
-Beside a dense model this costs the expansion of each matrix, once a call; `choose.py` says from how
+Beside a dense model this costs the expansion of each matrix, once a call; `forward.py` says from how
 many tokens on it is faster than expanding in registers for every block of tokens.
 
 T tokens, A active experts, N tokens of one expert, O/I out/in features, F expert width.
