@@ -2,8 +2,8 @@
 
 One expert (gate, up, down of 4096 x 14336) for few and for many tokens, values in bf16, int8 and
 int4, and a routed block of eight experts; peers are dense bf16: cuBLAS with gate and up apart or
-together, `bmm`, `grouped_mm`, a dense twin of our kernel, transformers' experts, and torch's own
-2:4 product. CUDA graphs, weights rotated beyond the L2 cache, medians of interleaved rounds.
+together, `bmm`, `grouped_mm`, a dense twin of our kernel, transformers' experts; beside them torch's
+own 2:4 product and dense weights quantised by torch and torchao. CUDA graphs, weights rotated beyond the L2 cache, medians of interleaved rounds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import gpu_peers, gpu_timing, tables
+from benchmarks import gpu_peers, gpu_quantised, gpu_timing, tables
 from benchmarks.matrices import random_mask
 from moiety.experts import kernels
 from moiety.experts.kernels import Weights
@@ -24,7 +24,7 @@ from moiety.files import write_json
 
 WIDTH, EXPERT_WIDTH, EXPERTS = 4096, 14336, 8
 FEW, MANY = (1, 8, 16, 32, 64, 128, 256), (1024, 4096)
-ROUTED = ((1, 1), (1, 2), (8, 1), (64, 1), (64, 2))
+ROUTED = ((1, 1), (1, 2), (8, 1), (64, 1), (64, 2), (512, 2), (2048, 2), (8192, 2))
 TARGETS: dict[str, dict[Any, float]] = {
     "bf16": {1: 1.35, 8: 1.35, 16: 1.30, 64: 1.15},
     "int8": {1: 2.0, 8: 2.0, 16: 2.0},
@@ -40,6 +40,7 @@ PEERS: dict[str, Callable[..., Tensor]] = {
     "grouped_mm": gpu_peers.grouped,
 }
 _MOST_OF_TWIN = 64
+QUANTISED = (1, 16)
 LEAST_MANY = 64
 
 
@@ -92,10 +93,17 @@ def expert_rows(few: Sequence[int], many: Sequence[int]) -> Iterator[dict[str, A
     ours["bf16_prefill"] = [
         tuple(kernels.tiled(weights, prefill=True) for weights in pair) for pair in stored
     ]
+    quantised, refused = gpu_quantised.experts(dense)
+    print("left out:", refused or "none")
     for tokens in (*few, *many):
         input = torch.randn(tokens, WIDTH, device="cuda").bfloat16()
         contenders = _contenders(input, ours, dense, semi)
         _check(contenders)
+        if tokens in QUANTISED:
+            contenders |= {
+                name: lambda turn, made=made, input=input: made[turn % len(made)](input)
+                for name, made in quantised.items()
+            }
         seconds = gpu_timing.interleaved(contenders, turns=2 * turns if tokens < 1024 else turns)
         sizes = {kind: nbytes(*pairs[0]) for kind, pairs in ours.items()}
         sizes |= {name: 3 * WIDTH * EXPERT_WIDTH * 2 for name in (*PEERS, "twin")}
@@ -157,12 +165,12 @@ def _check(contenders: dict[str, Callable[[int], Any]]) -> None:
 def _rows(
     case: str, tokens: int, seconds: dict[str, float], sizes: dict[str, int], active: int = 1
 ) -> Iterator[dict[str, Any]]:
-    dense = [name for name in seconds if name not in OURS]
-    best = min(seconds[name] for name in dense)
+    peers = [name for name in seconds if name not in OURS]
+    best = min(seconds[name] for name in peers if name not in gpu_quantised.MAKERS)
     for kind in OURS:
         if kind in seconds:
             ratio = {"dense_best": best / seconds[kind]}
-            ratio |= {name: seconds[name] / seconds[kind] for name in dense}
+            ratio |= {name: seconds[name] / seconds[kind] for name in peers}
             key = tokens if case == "one expert" else (tokens, active)
             least = TARGETS.get("routed" if case != "one expert" else kind, {})
             yield {

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_tune [--json FILE]`: the fastest ways to cut the GPU's products.
+"""`python -m benchmarks.gpu_tune [--values ...] [--tokens ...] [--json FILE]`: how to cut products.
 
 Every candidate of `candidates` on the matrices of one 4096 x 14336 expert; the best of each kind of
 values, product and number of tokens are the rows of `experts/kernels/cuda/choose.py`. Candidates are
@@ -8,7 +8,7 @@ compiled in as many processes as there are cores, then timed in this one.
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,17 +24,18 @@ from moiety.files import write_json
 Candidate = tuple[str, bool, Choice, int]
 SHAPES = {True: (2 * EXPERT_WIDTH, WIDTH), False: (WIDTH, EXPERT_WIDTH)}
 PARTS = {True: (1,), False: (4, 7)}
+KINDS, BLOCKS = ("bf16", "int8", "int4"), (8, 16, 32, 64, 128)
 
 
-def candidates() -> Iterator[Candidate]:
+def candidates(values: Sequence[str], blocks: Sequence[int]) -> Iterator[Candidate]:
     """Kind of values, whether gated, how it is cut, parts of the columns."""
-    for kind in ("bf16", "int8", "int4"):
-        for block in (8, 16, 32, 64):
+    for kind in values:
+        for block in blocks:
             for rows, warps, sharing in _cuts(block):
-                for stages in (2, 3) if block == 64 else (3, 4):
+                for stages in (2, 3) if block >= 64 else (2, 3, 4):
                     for gated in (True, False):
                         choice = Choice(rows, block, warps, sharing, stages)
-                        for parts in PARTS[gated] if stages < 4 else PARTS[gated][:1]:
+                        for parts in PARTS[gated] if stages == 3 else PARTS[gated][:1]:
                             yield kind, gated, choice, parts
 
 
@@ -42,8 +43,9 @@ def _cuts(tokens: int) -> list[tuple[int, int, int]]:
     if tokens == 8:
         return [(32, 2, 1), (32, 4, 2), (64, 2, 1), (64, 4, 1), (64, 4, 2), (128, 4, 1)]
     if tokens == 16:
-        return [(32, 2, 1), (64, 2, 1), (64, 4, 1), (64, 8, 2), (128, 4, 1), (128, 8, 1)]
-    return [(64, 2, 1), (64, 4, 1), (128, 4, 1), (128, 8, 1)]
+        wide = [(128, 2, 1), (256, 4, 1), (256, 8, 1)]
+        return [(32, 2, 1), (64, 2, 1), (64, 4, 1), (64, 4, 2), (64, 8, 2), (128, 4, 1), *wide]
+    return [(64, 2, 1), (64, 4, 1), (128, 4, 1), (128, 8, 1), (256, 8, 1)]
 
 
 def run(candidate: Candidate, weights: Weights, input: torch.Tensor) -> torch.Tensor:
@@ -60,9 +62,9 @@ def tokens(choice: Choice, weights: Weights) -> torch.Tensor:
     return torch.randn(choice.tokens, weights.columns, device="cuda").bfloat16()
 
 
-def compile_share(worker: int, workers: int) -> None:
+def compile_share(found: Sequence[Candidate], worker: int, workers: int) -> None:
     """Run every so-many-th candidate once, which leaves it in Triton's cache."""
-    for candidate in list(candidates())[worker::workers]:
+    for candidate in found[worker::workers]:
         kind, gated, choice, _ = candidate
         weights = random_planes(1, *SHAPES[gated], kind)
         try:
@@ -71,15 +73,15 @@ def compile_share(worker: int, workers: int) -> None:
             sys.stderr.write(f"{candidate}: {type(error).__name__}\n")
 
 
-def timed() -> list[dict[str, Any]]:
+def timed(found: Sequence[Candidate]) -> list[dict[str, Any]]:
     """Seconds of every candidate."""
     rows = []
-    for kind in ("bf16", "int8", "int4"):
+    for kind in dict.fromkeys(candidate[0] for candidate in found):
         for gated in (True, False):
             one = random_planes(1, *SHAPES[gated], kind)
             turns = gpu_timing.copies(nbytes(one))
             stacks = [one, *(random_planes(1, *SHAPES[gated], kind) for _ in range(turns - 1))]
-            for candidate in candidates():
+            for candidate in found:
                 if candidate[:2] == (kind, gated):
                     rows += _timed(candidate, stacks)
     return rows
@@ -104,20 +106,24 @@ def _timed(candidate: Candidate, stacks: list[Weights]) -> list[dict[str, Any]]:
 def main() -> None:
     """Compile all, time all, print the best of each."""
     parser = tables.parser("gpu_tune", __doc__)
+    parser.add_argument("--values", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--tokens", nargs="+", type=int, default=BLOCKS, choices=BLOCKS)
     parser.add_argument("--worker", type=int)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("expected an NVIDIA GPU, but torch sees none; run this where there is one")
+    found = list(candidates(arguments.values, arguments.tokens))
     if arguments.worker is not None:
-        compile_share(arguments.worker, arguments.workers)
+        compile_share(found, arguments.worker, arguments.workers)
         return
     command = [sys.executable, "-m", "benchmarks.gpu_tune", "--workers", str(arguments.workers)]
+    command += ["--values", *arguments.values, "--tokens", *map(str, arguments.tokens)]
     numbers = range(arguments.workers)
     started = [subprocess.Popen([*command, "--worker", str(number)]) for number in numbers]
     for process in started:
         process.wait()
-    rows = timed()
+    rows = timed(found)
     keys = sorted({(row["values"], row["gated"], row["tokens"]) for row in rows})
     for key in keys:
         same = [r for r in rows if (r["values"], r["gated"], r["tokens"]) == key]

@@ -30,6 +30,11 @@ ENDS = ("", "_mask", "_scale")
 OWN_ENDS = ("_tiles", "_codes", "_codes_scale")
 
 
+def _resident_bytes(tensor: Tensor) -> int:
+    steps = tensor.stride(0) * len(tensor) if tensor.dim() == 3 else tensor.numel()
+    return max(steps, tensor.numel()) * tensor.element_size()
+
+
 def _here(tensor: Tensor | None) -> Tensor | None:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -91,10 +96,10 @@ class PackedModule(nn.Module):
 
     @property
     def packed_bytes(self) -> int:
-        """Resident bytes of all packed matrices."""
+        """Resident bytes of all packed matrices, room behind each of a stack included."""
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         own = {*self.packed_names, *(f"{name}{end}" for name in self.widths for end in OWN_ENDS)}
-        return sum(tensor.nbytes for name, tensor in tensors.items() if name in own)
+        return sum(_resident_bytes(tensor) for name, tensor in tensors.items() if name in own)
 
     def weights(self, name: str) -> kernels.Weights:
         """The matrices called `name` as the sparse ops take them."""

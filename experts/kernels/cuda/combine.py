@@ -85,7 +85,7 @@ def _combine(
             part = tl.zeros((WIDTH,), tl.float32)
             for split in tl.static_range(SPLITS):
                 at = (split * rows + row) * out_features + out
-                part += tl.load(sums + at, mask=there, other=0.0)
+                part += tl.load(sums + at, mask=there, other=0.0).to(tl.float32)
             if WEIGHTED:
                 part *= tl.load(weights + route).to(tl.float32)
             total += part

@@ -12,7 +12,7 @@ from torch import Tensor
 from moiety.experts.kernels.cuda import layout
 from moiety.experts.kernels.cuda.choose import SPAN, Choice, choose, splits, tokens_of_block
 from moiety.experts.kernels.cuda.combine import combine
-from moiety.experts.kernels.cuda.many import ManyTokens
+from moiety.experts.kernels.cuda.many import ManyTokens, compressed_all, groupable
 from moiety.experts.kernels.cuda.product import product
 from moiety.experts.kernels.cuda.routes import Plan, plan_routes
 from moiety.experts.kernels.cuda.semi_structured import compressed, with_metadata
@@ -83,7 +83,8 @@ class GpuKernels:
         base_TO = None if base_TO is None else base_TO.contiguous()
         each = tokens if experts_TA is None else tokens * active / down.stack
         widest = max(weights.columns for weights in stacks)
-        if each > most_tokens(down) or tokens * active * widest >= _MOST_OFFSET:
+        large = tokens * active * widest >= _MOST_OFFSET
+        if large or (each > most_tokens(down) and self._may_be_many(stacks, input_TI, experts_TA)):
             return self._many.forward(
                 input_TI, gate_up, down, activation, experts_TA, weights_TA, base_TO
             )
@@ -102,7 +103,21 @@ class GpuKernels:
         sums_SRO = self.product(inner_RF, down, choice, plan, active=active, gather=gather)
         if plan is None and sums_SRO.dtype == input_TI.dtype:
             return sums_SRO[0]
-        return combine(sums_SRO, plan, down.stack, weights_TA, base_TO, tokens, input_TI.dtype)
+        return combine(
+            sums_SRO,
+            plan,
+            down.stack,
+            weights_TA,
+            base_TO,
+            tokens,
+            input_TI.dtype,
+        )
+
+    def _may_be_many(self, stacks: list[Weights], input: Tensor, experts_TA: Tensor | None) -> bool:
+        """A graph being captured cannot wait for the numbers of tokens that one by one needs."""
+        if experts_TA is None or not (input.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return True
+        return not compressed_all(stacks) and groupable(stacks, input.dtype)
 
     def product(
         self,

@@ -1,9 +1,11 @@
 """Many tokens an expert: sparse tensor cores where planes carry their metadata, else dense matrices.
 
 Beside a dense model this costs the expansion of each matrix, once a call; `forward.py` says from how
-many tokens on it is faster than expanding in registers for every block of tokens.
+many tokens on it is faster than expanding in registers for every block of tokens. Routed bf16
+matrices that are small enough together are expanded at once and multiplied by `grouped_mm`, without
+the host knowing how many tokens each expert has; others go one expert after the other.
 
-T tokens, A active experts, N tokens of one expert, O/I out/in features, F expert width.
+T tokens, A active experts, R routed rows, N tokens of one expert, O/I out/in features, F expert width.
 """
 
 from collections.abc import Callable
@@ -13,10 +15,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from moiety.experts.kernels import reference
+from moiety.experts.kernels.cuda.combine import combine
+from moiety.experts.kernels.cuda.routes import Plan, sort_routes
 from moiety.experts.kernels.cuda.semi_structured import Products, compressed
 from moiety.experts.kernels.weights import Weights
 
 Expand = Callable[[Weights, torch.dtype], Tensor]
+# Bytes of a dense stack up to which all of it is expanded at once.
+MOST_BYTES = 2**31
+_ALIGNED = 8
 
 
 class ManyTokens:
@@ -44,6 +51,7 @@ class ManyTokens:
         base_TO: Tensor | None,
     ) -> Tensor:
         """As `GpuKernels.forward`."""
+        stacks = [down] if gate_up is None else [gate_up, down]
 
         def compute(expert: int, input_NI: Tensor) -> Tensor:
             if gate_up is None:
@@ -54,6 +62,10 @@ class ManyTokens:
 
         if experts_TA is None or weights_TA is None:
             return compute(0, input_TI)
+        if not compressed_all(stacks) and groupable(stacks, input_TI.dtype):
+            return self.grouped(
+                input_TI, gate_up, down, activation, experts_TA, weights_TA, base_TO
+            )
         shape = (len(input_TI), down.rows)
         output_TO = torch.zeros(shape, dtype=torch.float32, device=input_TI.device)
         if base_TO is not None:
@@ -61,3 +73,49 @@ class ManyTokens:
         return reference.routed_sum(
             input_TI, compute, down.stack, output_TO, experts_TA, weights_TA
         )
+
+    def grouped(
+        self,
+        input_TI: Tensor,
+        gate_up: Weights | None,
+        down: Weights,
+        activation: str,
+        experts_TA: Tensor,
+        weights_TA: Tensor,
+        base_TO: Tensor | None,
+    ) -> Tensor:
+        """All experts at once, without a host sync; `groupable` says for which matrices."""
+        token_R, row_R, end_E = sort_routes(experts_TA, down.stack)
+        ends = end_E.int()
+        inner_RF = input_TI[token_R]
+        if gate_up is not None:
+            gate_RF, up_RF = self._grouped(inner_RF, gate_up, ends).chunk(2, dim=-1)
+            inner_RF = reference.activate(gate_RF, activation) * up_RF
+        sums_SRO = self._grouped(inner_RF, down, ends)[None]
+        plan = Plan("planned", 0, token_R, row_R, ends, ends, ends)
+        return combine(
+            sums_SRO,
+            plan,
+            down.stack,
+            weights_TA,
+            base_TO,
+            len(input_TI),
+            input_TI.dtype,
+        )
+
+    def _grouped(self, input_RI: Tensor, weights: Weights, ends: Tensor) -> Tensor:
+        dense_EIO = self._expand(weights, input_RI.dtype).transpose(1, 2)
+        return functional.grouped_mm(input_RI, dense_EIO, offs=ends)
+
+
+def compressed_all(stacks: list[Weights]) -> bool:
+    """Whether every matrix carries cuSPARSELt's metadata."""
+    return all(compressed(weights, 0) is not None for weights in stacks)
+
+
+def groupable(stacks: list[Weights], dtype: torch.dtype) -> bool:
+    """Whether `grouped_mm` takes these matrices dense, and they are small enough."""
+    sizes = [(weights.rows, weights.columns, weights.stack) for weights in stacks]
+    aligned = all(rows % _ALIGNED == columns % _ALIGNED == 0 for rows, columns, _ in sizes)
+    small = all(2 * rows * columns * stack <= MOST_BYTES for rows, columns, stack in sizes)
+    return dtype == torch.bfloat16 and aligned and small

@@ -43,25 +43,25 @@ def plan_routes(experts_TA: Tensor, stack: int, block: int) -> Plan:
         return Plan("direct", len(routes), *[routes] * 5)
     count = len(routes)
     blocks = min(count, count // block + min(stack, count))
+    if count > _MOST_COMPARED or stack > _MOST_COMPARED:
+        token_R, row_R, end_E = sort_routes(experts_TA, stack)
+        return Plan("planned", blocks, token_R, row_R, *_blocks(end_E, blocks, block))
     token_R, row_R = routes.new_empty((2, count), dtype=torch.int32)
     expert_B, start_B, end_B = routes.new_empty((3, blocks), dtype=torch.int32)
     found = (token_R, row_R, expert_B, start_B, end_B)
-    if count <= _MOST_COMPARED and stack <= _MOST_COMPARED:
-        _compare[(1,)](
-            routes,
-            *found,
-            count,
-            blocks,
-            stack,
-            experts_TA.shape[1],
-            BLOCK=block,
-            R=triton.next_power_of_2(count),
-            E=triton.next_power_of_2(stack + 1),
-            B=triton.next_power_of_2(blocks),
-            num_warps=8,
-        )
-    else:
-        _sort(routes, *found, stack, experts_TA.shape[1], block)
+    _compare[(1,)](
+        routes,
+        *found,
+        count,
+        blocks,
+        stack,
+        experts_TA.shape[1],
+        BLOCK=block,
+        R=triton.next_power_of_2(count),
+        E=triton.next_power_of_2(stack + 1),
+        B=triton.next_power_of_2(blocks),
+        num_warps=8,
+    )
     return Plan("planned", blocks, *found)
 
 
@@ -112,32 +112,30 @@ def _compare(
     tl.store(block_end + block, last_b, mask=there)
 
 
-def _sort(
-    routes: Tensor,
-    token_R: Tensor,
-    row_R: Tensor,
-    expert_B: Tensor,
-    start_B: Tensor,
-    end_B: Tensor,
-    stack: int,
-    active: int,
-    block: int,
-) -> None:
-    """Many routes: the same by a stable sort."""
+def sort_routes(experts_TA: Tensor, stack: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of the routes sorted by expert, where each route was sorted to, where experts end.
+
+    The last has one number an expert; routes to none of the `stack` come behind all of them.
+    """
+    routes = experts_TA.reshape(-1)
     valid_R = (routes >= 0) & (routes < stack)
     key_R = torch.where(valid_R, routes, stack)
     order_R = key_R.argsort(stable=True)
     place_R = torch.arange(len(routes), dtype=torch.int32, device=routes.device)
-    token_R.copy_(order_R // active)
-    row_R.scatter_(0, order_R, place_R).masked_fill_(~valid_R, -1)
+    row_R = torch.empty_like(place_R).scatter_(0, order_R, place_R).masked_fill_(~valid_R, -1)
     count_E = key_R.new_zeros(stack + 1).scatter_add_(0, key_R, torch.ones_like(key_R))[:stack]
-    end_E = count_E.cumsum(0)
+    token_R = (order_R // experts_TA.shape[1]).int()
+    return token_R, row_R, count_E.cumsum(0)
+
+
+def _blocks(end_E: Tensor, blocks: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The expert of each block, its first sorted route and the end of its expert's."""
+    count_E = end_E.diff(prepend=end_E.new_zeros(1))
     blocks_E = (count_E + block - 1) // block
     after_E = blocks_E.cumsum(0)
-    place_B = torch.arange(len(expert_B), device=routes.device)
-    own_B = torch.searchsorted(after_E, place_B, right=True)
-    expert_B.copy_(own_B)
-    own_B = own_B.clamp(max=stack - 1)
+    place_B = torch.arange(blocks, device=end_E.device)
+    expert_B = torch.searchsorted(after_E, place_B, right=True)
+    own_B = expert_B.clamp(max=len(end_E) - 1)
     nth_B = place_B - (after_E - blocks_E)[own_B]
-    start_B.copy_((end_E - count_E)[own_B] + nth_B * block)
-    end_B.copy_(end_E[own_B])
+    start_B = (end_E - count_E)[own_B] + nth_B * block
+    return expert_B.int(), start_B.int(), end_E[own_B].int()

@@ -40,7 +40,8 @@ def with_metadata(weights: Weights, dense: Tensor) -> Weights:
         if found is None or found.numel() != both.shape[1]:
             return weights
         both[which] = found
-    return weights._replace(values=both[:, :words].unflatten(1, (rows, columns // 4)))
+    shape, steps = (stack, rows, columns // 4), (both.shape[1], columns // 4, 1)
+    return weights._replace(values=both.as_strided(shape, steps))
 
 
 def _compressed(values_OK: Tensor, mask_OB: Tensor, dense_OI: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from moiety.experts import kernels
 from moiety.experts.export import export_dense
 from moiety.experts.kernels import Weights
+from moiety.experts.kernels.cuda.semi_structured import compressed
 from moiety.experts.modules import PackedModule, favour_prefill
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -70,9 +71,13 @@ def test_ops_pass_opcheck_and_compile_whole(packs: Any, gpu: Any) -> None:
     assert torch.equal(output, kernels.sparse_experts(hidden, gate_up, down, chosen, shares))
 
 
-def test_a_captured_block_replays_with_other_tokens_and_routes(packs: Any, gpu: Any) -> None:
+@pytest.mark.parametrize("tokens", [33, 1200])
+def test_a_captured_block_replays_with_other_tokens_and_routes(
+    packs: Any, gpu: Any, tokens: int
+) -> None:
     gate_up, down = block(packs, gpu, "bf16")
-    hidden, (chosen, shares) = torch.randn(33, 320, device="cuda").bfloat16(), routing(33)
+    hidden = torch.randn(tokens, 320, device="cuda").bfloat16()
+    chosen, shares = routing(tokens)
     kernels.sparse_experts(hidden, gate_up, down, chosen, shares)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -80,7 +85,7 @@ def test_a_captured_block_replays_with_other_tokens_and_routes(packs: Any, gpu: 
         output = kernels.sparse_experts(hidden, gate_up, down, chosen, shares)
     for _ in range(3):
         hidden.normal_()
-        other, other_shares = routing(33)
+        other, other_shares = routing(tokens)
         chosen.copy_(other)
         shares.copy_(other_shares)
         graph.replay()
@@ -105,8 +110,9 @@ def test_a_packed_mixture_generates_as_its_dense_export(
     sparse = opened.cuda()
     modules = [module for module in sparse.modules() if isinstance(module, PackedModule)]
     assert all(module.weights(name).is_planes for module in modules for name in module.widths)
-    export_dense(folder, tmp_path / "dense")
-    dense: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    exported = tmp_path / "exported"
+    export_dense(folder, exported)
+    dense: Any = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.bfloat16)
     ids = torch.arange(3, 19, device="cuda").reshape(2, 8)
     ours, theirs = sparse(ids).logits.float(), dense.cuda()(ids).logits.float()
     assert float((ours - theirs).norm() / theirs.norm()) < 2e-2
@@ -143,8 +149,10 @@ def test_metadata_for_prompts_changes_no_value(packs: Any, tmp_path: Path) -> No
     expected = model(ids).logits.float()
     small = sum(m.packed_bytes for m in model.modules() if isinstance(m, PackedModule))
     favour_prefill(model)
-    large = sum(m.packed_bytes for m in model.modules() if isinstance(m, PackedModule))
-    assert small < large
+    modules = [m for m in model.modules() if isinstance(m, PackedModule)]
+    assert all(compressed(m.weights(name), 0) is not None for m in modules for name in m.widths)
+    values = sum(m.weights(name).values.nbytes for m in modules for name in m.widths)
+    assert sum(m.packed_bytes for m in modules) == small + values // 8
     error = (model(ids).logits.float() - expected).norm() / expected.norm()
     assert float(error) < 2e-2
     assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())

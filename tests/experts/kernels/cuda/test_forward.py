@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moiety.experts.kernels import Weights, reference
+from moiety.experts.kernels.cuda.many import groupable
 
 KINDS = [
     ("bf16", torch.bfloat16),
@@ -18,14 +19,15 @@ KINDS = [
 ]
 
 
-def close(output: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+def close(output: Tensor, expected: Tensor, dtype: torch.dtype, roundings: int = 1) -> None:
     """Within the rounding of the dtype, relative to the whole; NaN never passes.
 
     The interpreter cuts bf16 off instead of rounding it, which doubles the error.
     """
     assert output.dtype == dtype
     error = (output.double() - expected).norm() / expected.norm().clamp_min(1e-30)
-    assert float(error) < (6e-3 if dtype == torch.bfloat16 else 1e-3) * (1 + (not output.is_cuda))
+    one = 6e-3 if dtype == torch.bfloat16 else 1e-3
+    assert float(error) < one * roundings * (1 + (not output.is_cuda))
 
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
@@ -134,6 +136,28 @@ def test_many_tokens_go_through_dense_matrices(
     close(output, block(hidden, gate_up, down, chosen, shares, "silu"), torch.bfloat16)
     output = gpu.kernels.forward(hidden, gate_up_weights.one(1))
     close(output, hidden.double() @ gate_up[1].T, torch.bfloat16)
+
+
+@pytest.mark.parametrize("most", [0, 2**31])
+def test_many_routes_are_grouped_or_go_one_by_one(
+    packs: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr("moiety.experts.kernels.cuda.forward.MOST_TOKENS_DENSE", 2)
+    monkeypatch.setattr("moiety.experts.kernels.cuda.many.MOST_BYTES", most)
+    gate_up, gate_up_weights = gpu.stack(packs, 3, 2 * 40, 72, "bf16")
+    down, down_weights = gpu.stack(packs, 3, 72, 40, "bf16")
+    hidden = torch.randn(19, 72, device=gpu.device).bfloat16()
+    chosen, shares = routes(19, 2, 3, gpu.device)
+    routing = {"experts_TA": chosen, "weights_TA": shares}
+    assert groupable([gate_up_weights, down_weights], torch.bfloat16) == (most > 0)
+    output = gpu.kernels.forward(hidden, down_weights, gate_up=gate_up_weights, **routing)
+    expected = block(hidden, gate_up, down, chosen, shares, "silu")
+    close(output, expected, torch.bfloat16, roundings=2)
+    base = torch.randn(19, 72, device=gpu.device).bfloat16()
+    inner = torch.randn(19, 40, device=gpu.device).bfloat16()
+    based = gpu.kernels.forward(inner, down_weights, **routing, base_TO=base)
+    alone = gpu.kernels.forward(inner, down_weights, **routing)
+    close(based, alone.double() + base.double(), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

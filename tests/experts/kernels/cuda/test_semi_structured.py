@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moiety.experts import kernels
-from moiety.experts.kernels.cuda import layout
+from moiety.experts.kernels.cuda import layout, semi_structured
 from moiety.experts.kernels.cuda.forward import most_tokens
 from moiety.experts.kernels.cuda.many import ManyTokens
 from moiety.experts.kernels.cuda.semi_structured import compressed, with_metadata
@@ -39,7 +39,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     monkeypatch.setattr(torch, "_cslt_compress", compress)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
-    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda *_, **__: 3)
+    monkeypatch.setattr(semi_structured, "_searched", lambda *_: 3)
 
 
 def planes_of(packs: Any, kind: str = "bf16") -> tuple[Any, Any, Tensor]:
@@ -79,6 +79,16 @@ def test_many_tokens_are_multiplied_with_it(packs: Any) -> None:
     input = torch.randn(37, 128).bfloat16()
     output = ManyTokens(never).linear(input, both, 1)
     torch.testing.assert_close(output, input @ dense[1].T, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_single_matrix_keeps_its_metadata(packs: Any) -> None:
+    _, planes, dense = planes_of(packs)
+    one = with_metadata(planes.one(1), dense[1:2])
+    matrix = compressed(one, 0)
+    assert matrix is not None
+    identity = torch.eye(128, dtype=torch.bfloat16)
+    assert torch.equal(multiply(matrix, identity.T).T != 0, dense[1] != 0)
 
 
 @pytest.mark.usefixtures("stand_in")
