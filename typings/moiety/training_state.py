@@ -1,0 +1,1 @@
+../../moiety/training_state.py
