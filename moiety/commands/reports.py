@@ -1,5 +1,6 @@
 """The command that reports what a trace shows."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -55,17 +56,13 @@ def report(
         out = Path("report.html")
     if out is not None:
         check_form(out)
-    _check_options(other, results, counterfactuals, retention, gate_swap)
-    made = (
-        Reported.compare(trace, other, gate_swap)
-        if other is not None
-        else Reported.read(
-            trace,
-            None if results is None else read_json(results),
-            counterfactuals=counterfactuals,
-            retention=retention,
-        )
-    )
+    of_one = {"results": results, "counterfactuals": counterfactuals, "retention": retention}
+    _check_options(other, of_one, gate_swap)
+    if other is not None:
+        made = Reported.compare(trace, other, gate_swap)
+    else:
+        known = results and read_json(results)
+        made = Reported.read(trace, known, counterfactuals=counterfactuals, retention=retention)
     progress = ConsoleProgress()
     if out is not None:
         made.write(out, view_tokens)
@@ -77,16 +74,11 @@ def report(
 
 
 def _check_options(
-    other: Path | None,
-    results: Path | None,
-    counterfactuals: Path | None,
-    retention: Path | None,
-    gate_swap: Path | None,
+    other: Path | None, of_one: Mapping[str, Path | None], gate_swap: Path | None
 ) -> None:
     """Refuse what the report asked for has no place for."""
     if other is None and gate_swap is not None:
         raise InputError("expected two traces with --gate-swap, but there is one")
-    of_one = {"results": results, "counterfactuals": counterfactuals, "retention": retention}
     given = [f"--{name}" for name, path in of_one.items() if path is not None]
     if other is not None and given:
         raise InputError(
