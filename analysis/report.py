@@ -8,13 +8,20 @@ from typing import Any, TypeVar
 
 from rich.console import Group
 
-from moiety.analysis.comparison import compare
+from moiety.analysis.comparison import compare, with_gate_swap
 from moiety.analysis.reporting import plain
 from moiety.analysis.reporting.card import card
 from moiety.analysis.reporting.compose import Evidence, of_comparison, of_trace
 from moiety.analysis.reporting.document import Document
 from moiety.analysis.reporting.page import page
-from moiety.analysis.results import Comparison, Counterfactuals, Retention, read_result, to_dict
+from moiety.analysis.results import (
+    Comparison,
+    Counterfactuals,
+    GateSwap,
+    Retention,
+    read_result,
+    to_dict,
+)
 from moiety.analysis.samples import read_samples
 from moiety.analysis.statistics import summarise
 from moiety.analysis.trace.file import Trace
@@ -24,6 +31,7 @@ from moiety.files import check_writable, write_text
 
 KINDS = (".html", ".md", ".json", ".csv")
 COUNTERFACTUALS, RETENTION = "counterfactuals.json", "retention.json"
+GATE_SWAP = "gate_swap.json"
 VIEW_TOKENS = 20_000
 Result = TypeVar("Result")
 
@@ -61,9 +69,19 @@ class Reported:
         return cls(of_trace(evidence), _values(evidence), opened, evidence)
 
     @classmethod
-    def compare(cls, first: str | Path, second: str | Path) -> "Reported":
-        """The report of two traces of the same text."""
-        return cls.of(compare(Trace.open(Path(first)), Trace.open(Path(second))))
+    def compare(
+        cls,
+        first: str | Path,
+        second: str | Path,
+        gate_swap: GateSwap | str | Path | None = None,
+    ) -> "Reported":
+        """The report of two traces of the same text, and of their models' gates exchanged.
+
+        `gate_swap` is by default `gate_swap.json` in the first trace's folder.
+        """
+        found = compare(Trace.open(Path(first)), Trace.open(Path(second)))
+        swap = _found(GateSwap, gate_swap, Path(first) / GATE_SWAP)
+        return cls.of(found if swap is None else with_gate_swap(found, swap))
 
     @classmethod
     def of(cls, found: Comparison) -> "Reported":
@@ -74,7 +92,7 @@ class Reported:
         """Write the file `out` in the form that its ending says; see `report`."""
         if max_view_tokens < 1:
             raise InputError(f"max_view_tokens must be at least 1, but it is {max_view_tokens}")
-        out = _checked(out)
+        out = check_form(out)
         forms: dict[str, Callable[[], str]] = {
             ".html": lambda: self.html(max_view_tokens),
             ".md": lambda: plain.to_markdown(self.document),
@@ -110,6 +128,7 @@ def report(
     own_expert: Mapping[str, str | int] | None = None,
     counterfactuals: Counterfactuals | str | Path | None = None,
     retention: Retention | str | Path | None = None,
+    gate_swap: GateSwap | str | Path | None = None,
     max_view_tokens: int = VIEW_TOKENS,
 ) -> Path:
     """Write the report of a trace to the file `out` and give its path.
@@ -119,16 +138,17 @@ def report(
     results or their files, by default `counterfactuals.json` and `retention.json` in the trace's
     folder; what is absent is left out. `own_expert` as in `summarise`. The token view holds at
     most `max_view_tokens` tokens, shared equally by the domains. With `other`, a second trace of the
-    same text, the report is the comparison of the two and nothing else.
+    same text, the report is the comparison of the two and nothing else, with `gate_swap` (a result
+    or its file, by default `gate_swap.json` in the first trace's folder) where it is known.
 
     Raises InputError when a trace or a result cannot be used, OutputError when `out` cannot be
     written.
     """
     if max_view_tokens < 1:
         raise InputError(f"max_view_tokens must be at least 1, but it is {max_view_tokens}")
-    _checked(out)
+    check_form(out)
     if other is not None:
-        return Reported.compare(trace, other).write(out)
+        return Reported.compare(trace, other, gate_swap).write(out)
     made = Reported.read(
         trace,
         results,
@@ -139,7 +159,8 @@ def report(
     return made.write(out, max_view_tokens)
 
 
-def _checked(out: str | Path) -> Path:
+def check_form(out: str | Path) -> Path:
+    """The file that a report is to be written to; raises when its ending names no form."""
     out = Path(out)
     if out.is_dir():
         raise OutputError(f"expected {out} to be a file to write, but it is a folder; add a name")

@@ -141,6 +141,7 @@ def resources_table(results: Mapping[str, Any]) -> Table:
 def routing_table(summary: RoutingSummary) -> Table:
     """For each domain of a trace: its size, loss, favourite expert and own-domain share."""
     header, own = summary.header, summary.own_domain_share
+    layers = len(header.layers)
     rows = []
     for row, domain in enumerate(header.domains):
         weights_E = summary.share_DLE[row].mean(0)
@@ -166,7 +167,8 @@ def routing_table(summary: RoutingSummary) -> Table:
             "first to own expert",
         ),
         rows=tuple(rows),
-        note=f"Means over {len(header.layers)} layers. Chance is {1 / len(header.experts):.1%}.",
+        note=("" if layers == 1 else f"Means over {layers} layers. ")
+        + f"Chance is {1 / len(header.experts):.1%}.",
     )
 
 

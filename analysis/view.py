@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from moiety.analysis.charts import expert_colours
 from moiety.analysis.statistics import RoutingSummary
 from moiety.analysis.statistics.measures import token_shares
-from moiety.analysis.trace.file import Trace
+from moiety.analysis.trace.file import PHASES, Trace
 from moiety.analysis.visible import visible, visible_line
 
 STEPS = 255
+DECODE = PHASES.index("decode")
 
 
 def token_view(trace: Trace, summary: RoutingSummary, max_tokens: int) -> dict[str, Any]:
@@ -73,6 +74,7 @@ def _document(trace: Trace, code: int, rows: NDArray[numpy.intp]) -> dict[str, A
         "tokens": [visible(piece) for piece in trace.texts(rows)],
         "ids": trace.token_id_T[rows].tolist(),
         "windows": (numpy.flatnonzero(numpy.diff(trace.window_T[rows])) + 1).tolist(),
+        "decoded": numpy.flatnonzero(trace.phase_T[rows] == DECODE).tolist(),
         "loss": [round(loss, 3) if numpy.isfinite(loss) else None for loss in losses],
         "experts": _packed(trace.experts_TLA[rows].astype(_expert_type(trace))),
         "weights": _packed(_quantised(weights)),

@@ -107,8 +107,23 @@ def _gate(name: str, layer: int, module: nn.Module, block: nn.Module) -> Gate:
             f"expected {name} to be a gate with a weight of shape (experts, width), "
             f"but {type(module).__name__} has none"
         )
-    active = getattr(module, "top_k", getattr(block, "top_k", 1))
-    return Gate(name, layer, module, weight.shape[0], int(active))
+    return Gate(name, layer, module, _experts(module, weight.shape[0]), _active(module, block))
+
+
+def _experts(module: nn.Module, rows: int) -> int:
+    """Experts that a gate of so many rows chooses from; Inkling's rows score shared experts too."""
+    shared, routed = (getattr(module, name, None) for name in ("n_shared_experts", "num_experts"))
+    if isinstance(shared, int) and isinstance(routed, int) and routed + shared == rows:
+        return routed
+    return rows
+
+
+def _active(module: nn.Module, block: nn.Module) -> int:
+    """Routes of one token, as the gate, its block or the gate's configuration tells."""
+    config = getattr(module, "config", None)
+    told = [(module, "top_k"), (block, "top_k")]
+    told += [(config, name) for name in ("num_experts_per_tok", "top_k_experts")]
+    return next((int(value) for owner, name in told if (value := getattr(owner, name, None))), 1)
 
 
 @contextlib.contextmanager

@@ -16,11 +16,12 @@ JETMOE_OUTPUTS = 5
 def read_route(outputs: Any, experts: int, active: int) -> tuple[Tensor, Tensor, Tensor]:
     """A gate's `(logits_TE, weights_TA, experts_TA)`, experts as the gate chose them.
 
-    Most gates of transformers give just that. Llama 4 gives scores with 0 for experts that were
-    not chosen, and logits; JetMoE the tokens sorted by expert. Raises InputError for others.
+    Most gates of transformers give just that, some more after it. Llama 4 gives scores with 0 for
+    experts that were not chosen, and logits; JetMoE the tokens sorted by expert. Raises InputError
+    for others.
     """
     if _is_triple(outputs, experts):
-        return outputs
+        return outputs[:3]
     if _is_scattered(outputs, experts):
         scores_TE, logits_TE = outputs
         weights_TA, experts_TA = scores_TE.topk(active, dim=-1)
@@ -35,8 +36,8 @@ def read_route(outputs: Any, experts: int, active: int) -> tuple[Tensor, Tensor,
 
 def with_route(outputs: Any, weights_TA: Tensor, experts_TA: Tensor) -> Any:
     """A gate's outputs with another route; InputError where the architecture does not allow it."""
-    if isinstance(outputs, tuple) and len(outputs) == 3:
-        return outputs[0], weights_TA, experts_TA
+    if isinstance(outputs, tuple) and _is_triple(outputs, outputs[0].shape[-1]):
+        return outputs[0], weights_TA, experts_TA, *outputs[3:]
     if isinstance(outputs, tuple) and len(outputs) == 2:
         scores_TE, logits_TE = outputs
         return torch.zeros_like(scores_TE).scatter(1, experts_TA, weights_TA), logits_TE
@@ -49,8 +50,8 @@ def with_route(outputs: Any, weights_TA: Tensor, experts_TA: Tensor) -> Any:
 def _is_triple(outputs: Any, experts: int) -> bool:
     return (
         isinstance(outputs, tuple)
-        and len(outputs) == 3
-        and all(isinstance(part, Tensor) and part.ndim == 2 for part in outputs)
+        and len(outputs) >= 3
+        and all(isinstance(part, Tensor) and part.ndim == 2 for part in outputs[:3])
         and outputs[0].shape[1] == experts
         and not outputs[2].is_floating_point()
         and outputs[1].shape == outputs[2].shape

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from moiety.analysis.losses import LabelledWindows
-from moiety.analysis.results.comparison import GateSwap
+from moiety.analysis.results.comparison import Comparison, GateSwap
 from moiety.compose.composite import open_composite
 from moiety.errors import InputError
 from moiety.routers import find_gates
@@ -53,7 +54,9 @@ def gate_swap_of(
     with _exchanged(first, second):
         one_changed_M, other_changed_M = losses(first), losses(second)
     by_domain = text.documents.by_domain
+    names = [str(getattr(model.config, "name_or_path", "")) for model in (first, second)]
     return GateSwap(
+        models=(names[0], names[1]),
         first=by_domain(one_M),
         second=by_domain(other_M),
         first_with_second=by_domain(one_changed_M),
@@ -78,6 +81,27 @@ def _check(first: nn.Module, second: nn.Module) -> None:
             f"expected two models whose gates have the same shapes, but only one has {strange[0]} "
             f"of {strange[1]}"
         )
+
+
+def with_gate_swap(found: Comparison, swap: GateSwap) -> Comparison:
+    """A comparison of two traces with what their models' exchanged gates do.
+
+    Models are known by the last part of their names; a swap the other way round is turned.
+    InputError when it is of other models or other domains.
+    """
+    traced = [Path(name).name for name in (found.first, found.second)]
+    swapped = [Path(name).name for name in swap.models]
+    if sorted(traced) != sorted(swapped):
+        raise InputError(
+            f"expected the gates of {found.first} and {found.second} exchanged, but they are those "
+            f"of {swap.models[0]} and {swap.models[1]}"
+        )
+    if set(swap.first) != set(found.domains):
+        raise InputError(
+            f"expected the gates exchanged on the domains {', '.join(found.domains)}, but it was "
+            f"on {', '.join(swap.first)}"
+        )
+    return replace(found, gate_swap=swap if traced == swapped else swap.reversed)
 
 
 @contextmanager

@@ -1,7 +1,16 @@
 """What further results add to the answer, in sentences with their numbers."""
 
+from collections.abc import Mapping
+
 from moiety.analysis.reporting.words import LEVEL, extremes, interval, measured, p_value, quoted
-from moiety.analysis.results import Comparison, Counterfactuals, Retention, RoutingSummary
+from moiety.analysis.results import (
+    Comparison,
+    Counterfactuals,
+    GateSwap,
+    Interval,
+    Retention,
+    RoutingSummary,
+)
 
 
 def token_identity(summary: RoutingSummary) -> str:
@@ -129,6 +138,18 @@ def _loss_change(found: Comparison) -> str:
     return f"The second's loss differs by {shown}, nats per token, paired by document."
 
 
+def _gate_swap(found: GateSwap) -> str:
+    def worst(change: Mapping[str, Interval]) -> str:
+        _, domain = extremes(change)
+        return f"{interval(change[domain], '{:+.3f}')} in {quoted(domain)}"
+
+    return (
+        "With the second's gates the first model's loss changes by at most "
+        f"{worst(found.change_first)}; with the first's gates the second's by at most "
+        f"{worst(found.change_second)}, nats per token."
+    )
+
+
 def comparison_findings(found: Comparison) -> list[str]:
     """The argument about two traces."""
     sentences = (
@@ -142,10 +163,5 @@ def comparison_findings(found: Comparison) -> list[str]:
     )
     sentences.append(_loss_change(found))
     if found.gate_swap is not None:
-        _, worst = extremes(found.gate_swap.change_first)
-        sentences.append(
-            "With the second's gates the first model loses "
-            f"{interval(found.gate_swap.change_first[worst], '{:+.3f}')} nats per token in "
-            f"{quoted(worst)}, where it matters most."
-        )
+        sentences.append(_gate_swap(found.gate_swap))
     return sentences

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moiety.analysis.results import Comparison, Counterfactuals, RoutingSummary
+from moiety.analysis.results import Comparison, Counterfactuals, GateSwap, RoutingSummary
 from moiety.analysis.visible import visible_line
 
 Method = tuple[str, str]
@@ -87,11 +87,23 @@ def of_comparison(found: Comparison) -> list[Method]:
             "Agreement",
             "Adjusted mutual information of the first experts: it ignores how experts are numbered.",
         ),
+        *(_gate_swap(found.gate_swap) if found.gate_swap is not None else []),
         (
             "Caveats",
             "Experts of two models have the same number without being the same expert unless one was "
             "made from the other. Equal routes are not equal models.",
         ),
+    ]
+
+
+def _gate_swap(found: GateSwap) -> list[Method]:
+    one, other = (visible_line(name) for name in found.models)
+    return [
+        (
+            "Gates exchanged",
+            f"Each model ran once with its own gates and once with the other's ({one} and {other}), "
+            "on text of the same domains; changes are paired by document.",
+        )
     ]
 
 

@@ -150,25 +150,21 @@ def flow_profile(summary: RoutingSummary) -> Figure | None:
 def positions(summary: RoutingSummary) -> Figure:
     """The gates' certainty along the window."""
     found = summary.positions
+    far = found.first_B[-1] > 64
+    places = [float(place) or (0.5 if far else 0.0) for place in found.first_B]
     data = [
-        {
-            **curve("entropy of the gates", found.entropy_BL.mean(1).tolist()),
-            "x": found.first_B.tolist(),
-        },
-        {
-            **curve("loss", found.loss_B.tolist(), accent="second"),
-            "x": found.first_B.tolist(),
-        },
+        {**curve("entropy of the gates", found.entropy_BL.mean(1).tolist()), "x": places},
+        {**curve("loss", found.loss_B.tolist(), accent="second"), "x": places},
     ]
     spec = over_layers("nats", data, len(found.first_B), ".2f")
     spec["layout"]["xaxis"] = {
         "title": {"text": "position in the window"},
         "fixedrange": True,
-        "type": "log" if found.first_B[-1] > 64 else "linear",
+        "type": "log" if far else "linear",
     }
-    if found.first_B[-1] > 64:
-        for line in data:
-            line["x"] = [place or 0.5 for place in line["x"]]
+    if far:
+        ticks = {"tickvals": places, "ticktext": [str(place) for place in found.first_B]}
+        spec["layout"]["xaxis"] |= ticks
     return Figure(
         name="positions",
         title="Along the window",

@@ -12,15 +12,32 @@ from moiety.analysis.results.shown import Shown
 
 @dataclass(frozen=True, kw_only=True)
 class GateSwap:
-    """Nats per token by domain of two models and of each with the other's gates."""
+    """Nats per token by domain of two models and of each with the other's gates.
+
+    `models` are their folders or ids, first and second.
+    """
 
     __pydantic_config__ = CONFIG
+    models: tuple[str, str]
     first: dict[str, Interval]
     second: dict[str, Interval]
     first_with_second: dict[str, Interval]
     second_with_first: dict[str, Interval]
     change_first: dict[str, Interval]
     change_second: dict[str, Interval]
+
+    @property
+    def reversed(self) -> "GateSwap":
+        """The same with first and second exchanged."""
+        return GateSwap(
+            models=(self.models[1], self.models[0]),
+            first=self.second,
+            second=self.first,
+            first_with_second=self.second_with_first,
+            second_with_first=self.first_with_second,
+            change_first=self.change_second,
+            change_second=self.change_first,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

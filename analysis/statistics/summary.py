@@ -185,7 +185,7 @@ class _Summing:
         trace, header = self.trace, self.trace.header
         domains, experts = len(header.domains), len(header.experts)
         chosen_LDE = route_counts(trace.experts_TLA, trace.domain_T, domains, experts)
-        load_LE = load(trace.experts_TLA, experts)
+        load_LE = self._load()
         entropies = [mean_by_domain(one_T, trace.domain_T, domains) for one_T in trace.entropy_TL.T]
         own_DL = numpy.full((domains, len(header.layers)), numpy.nan)
         for name, expert in self.owners.items():
@@ -204,6 +204,15 @@ class _Summing:
             "loss_D": mean_by_domain(trace.loss_T, trace.domain_T, domains),
             "own_share_DL": own_DL,
         }
+
+    def _load(self) -> Floats:
+        """Share of all routes, or of all weight where every token goes to every expert."""
+        trace, header = self.trace, self.trace.header
+        experts = len(header.experts)
+        if header.active < experts:
+            return load(trace.experts_TLA, experts)
+        whole_T = numpy.zeros_like(trace.domain_T)
+        return weight_share(trace.experts_TLA, trace.weights_TLA, whole_T, 1, experts)[0]
 
     def _along_the_text(self) -> dict[str, Any]:
         trace = self.trace

@@ -26,7 +26,8 @@
     if (entry.unpacked) return entry.unpacked;
     const raw = bytes(entry.experts);
     const experts = view.expertBytes === 1 ? raw : new Uint16Array(raw.buffer);
-    entry.unpacked = { experts, weights: bytes(entry.weights), entropy: bytes(entry.entropy) };
+    const decoded = new Set(entry.decoded);
+    entry.unpacked = { experts, decoded, weights: bytes(entry.weights), entropy: bytes(entry.entropy) };
     return entry.unpacked;
   }
 
@@ -201,7 +202,8 @@
     const piece = chosen.tokens[token];
     const title = element("p", "piece", piece === "" ? "no text of its own" : shownText(piece).trim() || "space");
     const facts = element("p", "facts",
-      `token ${token}, id ${chosen.ids[token]} · ${loss === null ? "starts its window, no loss" : `loss ${loss.toFixed(2)} nats`} · ` +
+      `token ${token}, id ${chosen.ids[token]} · ${unpack(chosen).decoded.has(token) ? "decode" : "prefill"} · ` +
+      `${loss === null ? "no loss known" : `loss ${loss.toFixed(2)} nats`} · ` +
       `gate entropy ${entropy(chosen, token, layer).toFixed(2)} nats`);
     const parts = [title, facts, element("h3", "", layer < 0 ? "Mean over layers" : `Layer ${layer}`)];
     routes(chosen, token, layer).slice(0, 8).forEach(([e, w]) => parts.push(bar(e, w)));

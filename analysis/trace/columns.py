@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moiety.analysis.trace.pieces import Pieces
+from moiety.analysis.trace.watching import Watching
 from moiety.errors import InputError
-from moiety.routers import Gate, Route, watched
+from moiety.routers import Gate, Route
 from moiety.scoring import token_losses
 from moiety.text import Windows
 
@@ -46,27 +47,27 @@ class Tokens:
 class Forward:
     """Reads batches with one plain forward pass each."""
 
-    def __init__(self, model: Any, gates: Sequence[Gate]) -> None:
+    def __init__(self, model: Any, watching: Watching) -> None:
         self._model = model
-        self._gates = gates
+        self._watching = watching
         self._device = model.get_input_embeddings().weight.device
 
     def layers(self) -> Sequence[Gate]:
         """The gates whose routes are given."""
-        return self._gates
+        return self._watching.gates
 
     def __call__(self, batch: Windows) -> tuple[Tokens, list[LayerRoutes]]:
         """The batch's tokens and every gate's routes of them."""
         longest = int(batch.mask_WC.sum(1).max())
         ids_WC, mask_WC = batch.ids_WC[:, :longest], batch.mask_WC[:, :longest]
         routes: list[Route] = []
-        with watched(self._gates, routes.append):
+        with self._watching.watch(routes.append):
             logits_WCV = self._model(
                 input_ids=ids_WC.to(self._device),
                 attention_mask=mask_WC.to(self._device),
                 use_cache=False,
             ).logits
-        routes = in_order(routes, self._gates, ids_WC.numel())
+        routes = in_order(routes, self._watching.gates, ids_WC.numel())
         kept_WC = mask_WC.bool()
         losses_WC = token_losses(logits_WCV, ids_WC, kept_WC).cpu()
         losses_WC[:, 0] = torch.nan
@@ -78,7 +79,7 @@ class Forward:
 def in_order(routes: Sequence[Route], gates: Sequence[Gate], tokens: int) -> list[Route]:
     """Routes of one forward pass in the order of the gates.
 
-    Raises InputError unless each gate routed every token once.
+    Raises InputError unless each gate routed every token once, with weights of at least 0.
     """
     routes = sorted(routes, key=lambda route: route.layer)
     if [route.layer for route in routes] != [gate.layer for gate in gates] or any(
@@ -89,6 +90,12 @@ def in_order(routes: Sequence[Route], gates: Sequence[Gate], tokens: int) -> lis
             f"but layers {[route.layer for route in routes]} were seen; "
             "pass a model that runs all its layers on one process"
         )
+    for route, gate in zip(routes, gates, strict=True):
+        if not bool(route.weights_TA.amin() >= 0):
+            raise InputError(
+                f"expected {gate.name} to give weights of at least 0, but it gives "
+                f"{float(route.weights_TA.amin()):g}; statistics of routes have no meaning then"
+            )
     return routes
 
 
@@ -98,9 +105,16 @@ def layer_routes(route: Route) -> LayerRoutes:
     if bool((weights_TA.diff(dim=-1) > 0).any()):
         weights_TA, order_TA = weights_TA.sort(stable=True, dim=-1, descending=True)
         experts_TA = experts_TA.gather(-1, order_TA)
-    logs_TE = route.logits_TE.float().log_softmax(-1)
-    entropy_T = torch.special.entr(logs_TE.exp()).sum(-1)
+    entropy_T = torch.special.entr(_probabilities(route.logits_TE.float())).sum(-1)
     return LayerRoutes(weights_TA.cpu(), experts_TA.to(torch.int16).cpu(), entropy_T.cpu())
+
+
+def _probabilities(logits_TE: Tensor) -> Tensor:
+    """The softmax of a gate's logits; some gates (Gemma 4) give that in their place."""
+    sums_T = logits_TE.sum(-1)
+    if bool((logits_TE.amin() >= 0) & torch.allclose(sums_T, torch.ones_like(sums_T), atol=1e-2)):
+        return logits_TE
+    return logits_TE.softmax(-1)
 
 
 def to_columns(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moiety.analysis.trace.columns import LayerRoutes, Tokens, in_order, layer_routes
-from moiety.routers import Gate, Route, watched
+from moiety.analysis.trace.watching import Watching
+from moiety.routers import Gate, Route
 from moiety.text import Windows
 
 
@@ -23,22 +24,21 @@ class Generation:
     head) are left out.
     """
 
-    def __init__(self, model: Any, gates: Sequence[Gate], new_tokens: int, padding: int) -> None:
+    def __init__(self, model: Any, watching: Watching, new_tokens: int, padding: int) -> None:
         self._model, self._new_tokens, self._padding = model, new_tokens, padding
         head = model.get_output_embeddings()
-        inside = set() if head is None else set(head.modules())
-        self._gates = [gate for gate in gates if gate.module not in inside]
+        self._watching = watching if head is None else watching.without(head)
         self._device = model.get_input_embeddings().weight.device
 
     def layers(self) -> Sequence[Gate]:
         """The gates whose routes are given."""
-        return self._gates
+        return self._watching.gates
 
     def __call__(self, batch: Windows) -> tuple[Tokens, list[LayerRoutes]]:
         """The batch's tokens and every gate's routes of them."""
         ids_WP, mask_WP = _left_padded(batch, self._padding)
         routes: list[Route] = []
-        with watched(self._gates, routes.append):
+        with self._watching.watch(routes.append):
             output = self._model.generate(
                 ids_WP.to(self._device),
                 attention_mask=mask_WP.to(self._device),
@@ -71,9 +71,10 @@ class Generation:
 
     def _joined(self, routes: Sequence[Route], windows: int) -> list[LayerRoutes]:
         """Each gate's routes of all passes, in the order of windows, then tokens."""
-        count = len(self._gates)
+        gates = self._watching.gates
+        count = len(gates)
         calls = (routes[start : start + count] for start in range(0, len(routes), count))
-        passes = [in_order(call, self._gates, len(call[0].experts_TA)) for call in calls]
+        passes = [in_order(call, gates, len(call[0].experts_TA)) for call in calls]
         every = [[layer_routes(one[at]) for one in passes] for at in range(count)]
         return [
             LayerRoutes(

@@ -19,13 +19,14 @@ from moiety.analysis.trace.file import HEADER, ROUTES, Header
 from moiety.analysis.trace.generation import Generation
 from moiety.analysis.trace.parts import Parts
 from moiety.analysis.trace.pieces import Pieces
-from moiety.compose.composite import open_composite
+from moiety.analysis.trace.watching import Watching, watching
+from moiety.compose.opening import open_any
 from moiety.documents import digest_documents
 from moiety.errors import InputError
 from moiety.experts.checkpoint import digest_of_model, local_folder
 from moiety.files import check_new_folder, new_folder, write_json
 from moiety.progress import SILENT, Progress
-from moiety.routers.gates import Gate, find_gates
+from moiety.routers.gates import Gate
 from moiety.text import Windows, read_documents, token_windows
 
 
@@ -50,7 +51,7 @@ def trace(
     out = Path(out)
     check_new_folder(out)
     documents = {domain: read_documents(path) for domain, path in data.items()}
-    composite = open_composite(model)
+    composite = open_any(model)
     cut = {
         domain: token_windows(composite.tokenizer, texts, context_length, windows)
         for domain, texts in documents.items()
@@ -65,7 +66,7 @@ def trace(
         composite.tokenizer,
         cut,
         out,
-        experts=composite.experts,
+        experts=composite.experts or None,
         batch_size=batch_size,
         new_tokens=new_tokens,
         key=key,
@@ -98,11 +99,11 @@ def trace_model(
     Raises InputError when the model has no gates, its gates differ in size, `experts` does not
     name each expert once, or a domain has no windows; OutputError when `out` cannot be made.
     """
-    gates = find_gates(model)
-    names = _expert_names(gates, experts)
+    watched = watching(model)
+    names = _expert_names(watched.gates, experts)
     _check(data, batch_size, new_tokens)
     check_new_folder(out)
-    reader = _reader(model, tokenizer, gates, new_tokens)
+    reader = _reader(model, tokenizer, watched, new_tokens)
     with _parts(out, key) as parts, _evaluating(model):
         batches = list(_batches(data, batch_size))
         pieces = Pieces(tokenizer)
@@ -159,13 +160,13 @@ def _check(data: Mapping[str, Windows], batch_size: int, new_tokens: int) -> Non
 
 
 def _reader(
-    model: Any, tokenizer: PreTrainedTokenizerBase, gates: Sequence[Gate], new_tokens: int
+    model: Any, tokenizer: PreTrainedTokenizerBase, watched: Watching, new_tokens: int
 ) -> Forward | Generation:
     if not new_tokens:
-        return Forward(model, gates)
+        return Forward(model, watched)
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     padding = next(int(one) for one in ids if isinstance(one, int))
-    return Generation(model, gates, new_tokens, padding)
+    return Generation(model, watched, new_tokens, padding)
 
 
 @contextlib.contextmanager

@@ -151,6 +151,7 @@ def _columns(
         "position": index_T,
         "token_id": index_T,
         "text": [words[at % len(words)] for at in range(length)],
+        "phase": (index_T == length - 1).astype(numpy.int32),
         "loss": loss_T,
         "experts": experts_TLA.reshape(length, -1).astype(numpy.int16),
         "weights": numpy.tile(weights_A, (length, layers)),

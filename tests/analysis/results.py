@@ -125,6 +125,7 @@ def comparison(domains: Sequence[str]) -> Comparison:
         matched_LE=numpy.zeros((LAYERS, len(names)), dtype=int),
         loss_change=by(names, lambda at: 0.02),
         gate_swap=GateSwap(
+            models=("<i>one</i>", "two"),
             **losses,
             change_first=by(names, lambda at: 0.3 + at),
             change_second=by(names, lambda at: 0.1),

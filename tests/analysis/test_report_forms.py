@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from moiety.analysis.comparison import with_gate_swap
 from moiety.analysis.report import Reported, report
 from moiety.analysis.reporting import pictures
 from moiety.analysis.reporting.plain import to_csv, to_markdown
 from moiety.analysis.results import RoutingSummary, from_dict, write_result
 from moiety.errors import InputError
 from tests.analysis.results import comparison, counterfactuals, retention
+from tests.moiety.test_cli import moiety
 
 DOMAINS = ("arithmetic", "<b>code</b>", "law | order", "prose")
 
@@ -107,6 +110,49 @@ def test_a_trace_compared_with_itself(plant: Callable[..., Path], tmp_path: Path
     trace = plant()
     out = report(trace, tmp_path / "compare.md", other=trace)
     assert out.read_text().startswith("# The same tokens go to the same experts\n")
+
+
+def test_gates_exchanged_are_found_beside_the_trace(
+    plant: Callable[..., Path], tmp_path: Path
+) -> None:
+    trace = plant(domains=DOMAINS)
+    swap = comparison(DOMAINS).gate_swap
+    assert swap is not None
+    write_result(trace / "gate_swap.json", replace(swap, models=("a/tiny", "b/tiny")))
+    made = Reported.compare(trace, trace)
+    said = " ".join(made.document.findings)
+    assert "loss changes by at most +3.300 [+3.280, +3.320] in prose" in said
+    assert "gate-swap" in [figure.name for figure in made.document.figures]
+    with pytest.raises(InputError, match="but they are those of one and two"):
+        Reported.compare(trace, trace, replace(swap, models=("one", "two")))
+    of_others = replace(swap, models=("tiny", "tiny"), first={"other": swap.first["prose"]})
+    with pytest.raises(InputError, match="but it was on other"):
+        Reported.compare(trace, trace, of_others)
+
+
+def test_gates_exchanged_the_other_way_round_are_turned() -> None:
+    found = comparison(DOMAINS)
+    assert found.gate_swap is not None
+    again = with_gate_swap(replace(found, gate_swap=None), found.gate_swap.reversed)
+    assert again.gate_swap == found.gate_swap
+
+
+def test_the_command_writes_only_what_is_asked_for(
+    plant: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = plant(domains=DOMAINS)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    out, _ = moiety("report", trace, "--json")
+    assert set(json.loads(out)) == {"routing", "results"}
+    moiety("report", trace, "--terminal")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    _, log = moiety("report", trace, "--json", "--out", tmp_path / "r.csv")
+    assert "r.csv" in log and (tmp_path / "r.csv").is_file()
+    _, log = moiety("report", trace, "--gate-swap", tmp_path / "r.csv", code=2)
+    assert "two traces with --gate-swap" in log
+    _, log = moiety("report", trace, trace, "--retention", tmp_path / "r.csv", code=2)
+    assert "one trace with --retention" in log
 
 
 def test_unknown_forms_are_refused(made: Reported, tmp_path: Path) -> None:

@@ -60,10 +60,11 @@ KEYS = """
     find("document").value, find("layer").value, page.activeElement.dataset.token].join("|"));
   find("text").querySelector(".token").focus();
   say();
-  press("ArrowRight"); say();
+  const phase = () => lines.push(find("detail").textContent.match(/· (prefill|decode) ·/)[1]);
+  press("ArrowRight"); say(); phase();
   press("]"); say();
   press("ArrowDown"); say();
-  press("End"); say();
+  press("End"); say(); phase();
   press("Home");
   find("legend").querySelectorAll("button")[1].click();
   lines.push("dimmed " + (find("text").querySelectorAll(".dim").length > 0));
@@ -152,9 +153,11 @@ def test_keys_filters_and_hostile_text(plant: Callable[..., Path], tmp_path: Pat
         "requests 0",
         "0|-1|0",
         "0|-1|1",
+        "prefill",
         "0|0|1",
         "1|0|0",
         "1|0|19",
+        "decode",
         "dimmed true",
         "jumped true",
         "documents 6",

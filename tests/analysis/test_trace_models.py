@@ -43,6 +43,10 @@ SIZES: dict[str, Any] = {
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 8,
     "v_head_dim": 8,
+    "top_k_experts": 2,
+    "enable_moe_block": True,
+    "hidden_size_per_layer_input": 0,
+    "global_head_dim": 16,
     "max_position_embeddings": 64,
     "pad_token_id": 1,
 }
@@ -56,6 +60,8 @@ FAMILIES = {
     "hunyuan_v1_moe": 3,
     "ernie4_5_moe": 2,
     "jetmoe": 6,
+    "gemma4_text": 3,
+    "inkling_text": 3,
 }
 
 
@@ -66,7 +72,8 @@ def family(name: str) -> Any:
     model = AutoModelForCausalLM.from_config(config).eval()
     for gate in find_gates(model):
         for parameter in gate.module.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.5)
     return model
 
 
@@ -96,6 +103,30 @@ def test_every_kind_of_gate(
     with forced(find_gates(model), one_hot(1)):
         one = Trace.open(trace_model(model, tokenizer, data, tmp_path / "f"))
     assert set(one.experts_TLA[..., 0].ravel().tolist()) == {1}
+
+
+def test_a_gate_that_gives_probabilities_has_the_entropy_of_these(
+    tokenizer: Any, data: dict[str, Windows], tmp_path: Path
+) -> None:
+    model = family("gemma4_text")
+    found = Trace.open(trace_model(model, tokenizer, data, tmp_path / "t", batch_size=1))
+    given: list[Any] = []
+    gate = find_gates(model)[0]
+    gate.module.register_forward_hook(lambda _module, _inputs, output: given.append(output[0]))
+    with torch.no_grad():
+        model(data["law"].ids_WC[:1][:, data["law"].mask_WC[0].bool()])
+    entropy_T = torch.special.entr(given[0]).sum(-1)
+    numpy.testing.assert_allclose(found.entropy_TL[: len(entropy_T), 0], entropy_T, atol=1e-4)
+    assert found.entropy_TL[:, 0].min() < 0.9 * numpy.log(8)
+
+
+def test_a_gate_of_negative_weights_is_refused_at_once(
+    tokenizer: Any, data: dict[str, Windows], tmp_path: Path
+) -> None:
+    model = family("gemma4_text")
+    torch.nn.init.constant_(model.get_parameter("model.layers.0.router.per_expert_scale"), -1.0)
+    with pytest.raises(InputError, match=r"layers\.0\.router to give weights of at least 0"):
+        trace_model(model, tokenizer, data, tmp_path / "t", batch_size=1)
 
 
 def test_generated_text_is_traced_as_one_pass_would(
