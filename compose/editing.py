@@ -21,6 +21,7 @@ def edit(
     replace: Mapping[str, str] | None = None,
     prune: Prune | Mapping[str, Prune] | None = None,
     data: Mapping[str, str] | None = None,
+    heldout: Mapping[str, str] | None = None,
     work: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> BuildReport:
@@ -28,12 +29,13 @@ def edit(
 
     `add` appends experts, `remove` names those to leave out, `replace` gives some another model
     (their text stays), `prune` has all pruned anew, or those it names, `data` gives some other
-    calibration text, which prunes them anew too. All other experts are taken from the stages
-    that the composite was built in (`work`, by default beside it) and not pruned again; the gates
-    and the choice of the shared part are, as they hang on all experts. The composite itself stays
+    calibration text, which prunes them anew too, `heldout` other text to be measured on. All other
+    experts are taken from the stages that the composite was built in (`work`, by default beside
+    it) and not pruned again; the gates and the choice of the shared part are learned again, as
+    they hang on all experts. The composite itself stays
     as it is. Raises InputError when a name is unknown or taken, or too few experts are left.
     """
-    recipe = Recipe.read(Path(composite) / "recipe.yaml").with_data(data or {})
+    recipe = Recipe.read(Path(composite) / "recipe.yaml").with_data(data or {}, heldout)
     changed = _changed(recipe, add, remove, replace or {}, prune)
     work = default_work(composite) if work is None else Path(work)
     return build(changed, out, work=work, progress=progress)
