@@ -35,7 +35,7 @@ def edit(
     they hang on all experts. The composite itself stays
     as it is. Raises InputError when a name is unknown or taken, or too few experts are left.
     """
-    recipe = Recipe.read(Path(composite) / "recipe.yaml").with_data(data or {}, heldout)
+    recipe = _recipe_of(composite).with_data(data or {}, heldout)
     changed = _changed(recipe, add, remove, replace or {}, prune)
     work = default_work(composite) if work is None else Path(work)
     return build(changed, out, work=work, progress=progress)
@@ -48,7 +48,7 @@ def pruned_anew(
 
     InputError when there is no such expert or setting.
     """
-    recipe = Recipe.read(Path(composite) / "recipe.yaml")
+    recipe = _recipe_of(composite)
     now = {expert.name: expert.prune or recipe.prune for expert in recipe.experts}
     _check_known(names, recipe)
     try:
@@ -59,6 +59,17 @@ def pruned_anew(
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
         raise InputError(f"prune.{first['loc'][0]}: {reason}") from error
+
+
+def _recipe_of(composite: str | Path) -> Recipe:
+    """What a composite was built from; InputError where there is none."""
+    file = Path(composite) / "recipe.yaml"
+    if not file.is_file():
+        raise InputError(
+            f"expected a composite with its recipe at {composite}, but there is no {file.name}; "
+            "give a folder that moiety build made"
+        )
+    return Recipe.read(file)
 
 
 def _check_known(names: Iterable[str], recipe: Recipe) -> None:

@@ -134,7 +134,10 @@ def _tell(
     elif measure:
         values["results"] = results = evaluate_build(recipe, report.composite, work, progress)
         write_card(report.composite, recipe, report, results, report.invariants)
-        tables += [controls_table(results), resources_table(results)]
+        tables.append(controls_table(results))
+        if results["accuracy"]:
+            tables.append(controls_table(results, "accuracy"))
+        tables.append(resources_table(results))
     show(values, tables, as_json)
 
 

@@ -88,4 +88,6 @@ def test_what_cannot_be_changed_is_refused(world: Any, pair: Path, tmp_path: Pat
     for changes, message in cases:
         with pytest.raises(InputError, match=message):
             edit(pair, tmp_path / "out", **changes)
+    with pytest.raises(InputError, match=r"expected a composite.*no recipe\.yaml"):
+        edit(world.base, tmp_path / "out", remove=["letters"])
     assert not (tmp_path / "out").exists()
