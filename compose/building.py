@@ -34,7 +34,7 @@ def build(
     hold of any composite is checked on this one (`moiety.compose.invariants`), which needs it and
     one dense model in memory; nothing is left under `out` if it does not hold.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
+    recipe = recipe.resolved(Path()) if isinstance(recipe, Recipe) else Recipe.read(recipe)
     out = Path(out).absolute()
     work = default_work(out) if work is None else Path(work)
     if not (out / RECORD).is_file():

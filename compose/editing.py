@@ -21,6 +21,7 @@ def edit(
     replace: Mapping[str, str] | None = None,
     prune: Prune | Mapping[str, Prune] | None = None,
     data: Mapping[str, str] | None = None,
+    heldout: Mapping[str, str] | None = None,
     work: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> BuildReport:
@@ -28,12 +29,13 @@ def edit(
 
     `add` appends experts, `remove` names those to leave out, `replace` gives some another model
     (their text stays), `prune` has all pruned anew, or those it names, `data` gives some other
-    calibration text, which prunes them anew too. All other experts are taken from the stages
-    that the composite was built in (`work`, by default beside it) and not pruned again; the gates
-    and the choice of the shared part are, as they hang on all experts. The composite itself stays
+    calibration text, which prunes them anew too, `heldout` other text to be measured on. All other
+    experts are taken from the stages that the composite was built in (`work`, by default beside
+    it) and not pruned again; the gates and the choice of the shared part are learned again, as
+    they hang on all experts. The composite itself stays
     as it is. Raises InputError when a name is unknown or taken, or too few experts are left.
     """
-    recipe = Recipe.read(Path(composite) / "recipe.yaml").with_data(data or {})
+    recipe = _recipe_of(composite).with_data(data or {}, heldout)
     changed = _changed(recipe, add, remove, replace or {}, prune)
     work = default_work(composite) if work is None else Path(work)
     return build(changed, out, work=work, progress=progress)
@@ -46,7 +48,7 @@ def pruned_anew(
 
     InputError when there is no such expert or setting.
     """
-    recipe = Recipe.read(Path(composite) / "recipe.yaml")
+    recipe = _recipe_of(composite)
     now = {expert.name: expert.prune or recipe.prune for expert in recipe.experts}
     _check_known(names, recipe)
     try:
@@ -57,6 +59,17 @@ def pruned_anew(
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
         raise InputError(f"prune.{first['loc'][0]}: {reason}") from error
+
+
+def _recipe_of(composite: str | Path) -> Recipe:
+    """What a composite was built from; InputError where there is none."""
+    file = Path(composite) / "recipe.yaml"
+    if not file.is_file():
+        raise InputError(
+            f"expected a composite with its recipe at {composite}, but there is no {file.name}; "
+            "give a folder that moiety build made"
+        )
+    return Recipe.read(file)
 
 
 def _check_known(names: Iterable[str], recipe: Recipe) -> None:

@@ -27,8 +27,16 @@ LIMITS = """\
 - What it can do comes from the finetunes; nothing here was tested for safety or bias.
 - Losses hold for text like the held-out text they were measured on, at that context length.
 - Without moiety's compiled kernels the packed matrices are expanded when used: half the bytes,
-  but slower than dense. Engines other than transformers need `moiety export DIR --out NEW --dense`.
+  but slower than dense. {elsewhere}
 """
+WHOLE = "Engines other than transformers need `moiety export DIR --out NEW --dense`."
+ELSEWHERE = {
+    "mixture": WHOLE,
+    "merge": WHOLE,
+    "routed": """Other engines have no place for it: `moiety export DIR --out NEW --expert NAME`
+  writes one of its experts as a stock dense model.""",
+    "ensemble": "Other engines have no place for it.",
+}
 
 
 def write_card(
@@ -56,7 +64,7 @@ def write_card(
         *([section("Invariants", _invariants(invariants))] if invariants else []),
         section("Licence", *_licence(licences, agreed)),
         section("Recipe", fenced(_recipe(recipe), "yaml"), _facts(report)),
-        section("Limits", LIMITS.rstrip()),
+        section("Limits", LIMITS.format(elsewhere=ELSEWHERE[recipe.compose.kind]).rstrip()),
     ]
     write_text(folder / README, "\n\n".join(parts) + "\n")
 
@@ -138,7 +146,20 @@ def _measured(results: Mapping[str, Any] | None) -> list[str]:
             for row, scores in values.items()
         ]
         tables += [f"{title}:", table((title, *map(plain, domains)), rows)]
-    return [note, *tables, _speed(results)]
+    return [note, *tables, _accuracy(results), _speed(results)]
+
+
+def _accuracy(results: Mapping[str, Any]) -> str:
+    """Shares of exact-match problems solved, a column for each set of them."""
+    sets: Mapping[str, Any] = results.get("accuracy") or {}
+    named = list(dict.fromkeys(row for scores in sets.values() for row in scores))
+    if not named:
+        return ""
+    rows = [
+        (row.replace("_", " "), *(_number(scores.get(row)) for scores in sets.values()))
+        for row in named
+    ]
+    return f"Problems solved exactly:\n\n{table(('share', *map(plain, sets)), rows)}"
 
 
 def _speed(results: Mapping[str, Any]) -> str:

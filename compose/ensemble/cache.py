@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers import Cache, DynamicCache, PretrainedConfig, StaticCache
 
 from moiety.errors import InputError
 
@@ -52,13 +52,25 @@ class EnsembleCache(Cache):
     each. By default that is the last position alone. `activate_past_recording`, which assisted
     generation calls by itself, keeps those of every position of a call whose logits were asked
     for, of the one before, and of earlier calls as far as there is no gap, until the next `crop`.
+
+    With `tokens` the keys and values lie in static tensors of that many tokens, as in
+    transformers' StaticCache, which cannot be cropped.
     """
 
-    def __init__(self, config: PretrainedConfig, experts: int) -> None:
-        self.experts = [DynamicCache(config=config) for _ in range(experts)]
+    def __init__(self, config: PretrainedConfig, experts: int, tokens: int | None = None) -> None:
+        self.experts: list[Cache] = [
+            DynamicCache(config=config) if tokens is None else StaticCache(config, tokens)
+            for _ in range(experts)
+        ]
         super().__init__(layers=[layer for cache in self.experts for layer in cache.layers])
+        self.is_static = tokens is not None
         self.record_past = False
         self.evidence: Evidence | None = None
+
+    @property
+    def is_compileable(self) -> bool:
+        """No: `generate` would compile unasked, with 4D masks, which hide where padding is."""
+        return False
 
     def remember(self, evidence: Evidence, tokens: int) -> None:
         """Take the evidence after the last positions of a call of `tokens` tokens."""
@@ -73,6 +85,11 @@ class EnsembleCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; InputError beyond what is remembered."""
+        if self.is_static:
+            raise InputError(
+                "expected a dynamic cache to crop, but this one is static; reset it and feed the "
+                "tokens again, or make one without tokens"
+            )
         evidence = self._evidence_without(-tokens_to_remove)
         super().crop(tokens_to_remove)
         self.evidence = evidence

@@ -254,21 +254,27 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> Any:
         """The hook of `generate` that chooses a cache: ours, unless one is given or none wanted."""
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
             return super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-                generation_config, model_kwargs, *args, **kwargs
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
-        wanted = generation_config.cache_implementation
-        if wanted not in (None, "dynamic"):
+        wanted = generation_config.cache_implementation or "dynamic"
+        if wanted not in ("dynamic", "static"):
             raise InputError(
-                f"expected cache_implementation dynamic, but it is {wanted!r}; an ensemble keeps "
-                "a cache of its own kind, so leave it out"
+                f"expected cache_implementation dynamic or static, but it is {wanted!r}; an "
+                "ensemble keeps a cache of its own kind, which knows these two"
             )
-        cache = self._cache(None, use_cache=True)
-        assert cache is not None
+        room = max(max_cache_length, generation_config.max_cache_len or 0)
+        tokens = room if wanted == "static" else None
+        cache = EnsembleCache(self.config.get_text_config(), len(self.experts), tokens)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache

@@ -1,6 +1,6 @@
 """Merge by mergekit's methods in memory, tensor by tensor, in fp32 and by a seed."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from mergekit.merge_methods import merge_tensors
@@ -11,6 +11,9 @@ from moiety.compose.merge.roles import BASE, roles
 from moiety.compose.recipe import Merging
 from moiety.errors import InputError
 from moiety.files import digest
+
+BLOCK = 1 << 22
+"""Numbers of each model that are widened at once where a method takes every place by itself."""
 
 
 def soup(
@@ -66,8 +69,42 @@ def streamed(
     check_merging(merging, list(finetunes))
     for name in names:
         tensors = {BASE: base[name], **{own: ft[name] for own, ft in finetunes.items()}}
-        result = merge_one(tensors, merging, name, seed)
-        yield name, result if name in exact else result.to(tensors[BASE].dtype)
+        dtype = None if name in exact else tensors[BASE].dtype
+        if _is_large(tensors) and _is_elementwise(merging, list(finetunes)):
+            yield name, _in_blocks(tensors, merging, name, dtype)
+        else:
+            result = merge_one(tensors, merging, name, seed)
+            yield name, result if dtype is None else result.to(dtype)
+
+
+def _is_large(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether all are matrices of one shape with more than `BLOCK` floating-point numbers."""
+    first, *others = tensors.values()
+    alike = all(other.shape == first.shape for other in others)
+    return alike and first.is_floating_point() and first.ndim > 1 and first.numel() > BLOCK
+
+
+def _in_blocks(
+    tensors: Mapping[str, Tensor], merging: Merging, name: str, dtype: torch.dtype | None
+) -> Tensor:
+    """A merge some rows at a time, so that only those of every model are widened at once."""
+    whole = tensors[BASE]
+    result = torch.empty(whole.shape, dtype=dtype or _wide(tensors.values()))
+    rows = max(1, BLOCK // whole[0].numel())
+    for start in range(0, len(whole), rows):
+        block = {own: tensor[start : start + rows] for own, tensor in tensors.items()}
+        result[start : start + rows] = merge_one(block, merging, name)
+    return result
+
+
+def _is_elementwise(merging: Merging, finetunes: Sequence[str]) -> bool:
+    """Whether rows can be merged apart: no number of the result hangs on another place's."""
+    generator = torch.Generator().manual_seed(0)
+    names, shape = (BASE, *finetunes), (8, 16)
+    whole = {name: torch.randn(shape, generator=generator) for name in names}
+    each = [{name: tensor[row : row + 1] for name, tensor in whole.items()} for row in range(8)]
+    rows = [merge_one(tensors, merging, "probe") for tensors in each]
+    return torch.equal(torch.cat(rows), merge_one(whole, merging, "probe"))
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ class Recipe(Part):
 
     base: str
     """the model that all experts were finetuned from: a folder or a hub id"""
-    experts: list[Expert] = Field(min_length=2)
-    """the finetunes, at least two"""
+    experts: list[Expert] = Field(min_length=1)
+    """the finetunes, at least two; a merge may be of one"""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """null: any; else what the base must be stored in, as nothing is converted"""
     tokenizer: Literal["base", "union"] = "base"
@@ -48,6 +48,8 @@ class Recipe(Part):
         if twice:
             raise ValueError(f"experts: every name must be used once, but {twice[0]} is twice")
         kind = self.compose
+        if len(names) < 2 and not isinstance(kind, Merge):
+            raise ValueError(f"experts: kind {kind.kind} needs at least 2, but there is 1")
         if isinstance(kind, Mixture | Routed) and kind.top_k > len(names):
             raise ValueError(
                 f"compose.top_k must be at most the number of experts ({len(names)}), "

@@ -18,7 +18,7 @@ from moiety.errors import InputError
 
 if TYPE_CHECKING:
     from moiety.analysis.tables import Table
-    from moiety.compose import Recipe
+    from moiety.compose import BuildReport, Recipe
 
 
 LABELS = {"shared": "shared part from", "gate_parameters": "trainable parameters (the gates)"}
@@ -29,6 +29,13 @@ app.add_typer(recipe_app, name="recipe", rich_help_panel=PIPELINE)
 SomeData = Annotated[
     list[str] | None,
     typer.Option("--data", metavar="NAME=FILE", help="An expert's calibration text; repeat."),
+]
+SomeHeldout = Annotated[
+    list[str] | None,
+    typer.Option("--heldout", metavar="NAME=FILE", help="An expert's held-out text; repeat."),
+]
+Measure = Annotated[
+    bool, typer.Option(help="Measure it with all controls, if held-out text is given.")
 ]
 
 
@@ -46,10 +53,7 @@ def init(
     ] = None,
     kind: Annotated[str, typer.Option(help="mixture, routed, merge or ensemble.")] = "mixture",
     data: SomeData = None,
-    heldout: Annotated[
-        list[str] | None,
-        typer.Option("--heldout", metavar="NAME=FILE", help="An expert's held-out text; repeat."),
-    ] = None,
+    heldout: SomeHeldout = None,
     as_json: Json = False,
 ) -> None:
     """Write a recipe with every setting explained, to start from."""
@@ -75,20 +79,15 @@ def build(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan and stop.")
     ] = False,
-    measure: Annotated[
-        bool, typer.Option(help="Measure it with all controls, if held-out text is given.")
-    ] = True,
+    measure: Measure = True,
     check: Annotated[
         bool, typer.Option(help="Check on these models what must hold of any composite.")
     ] = True,
     as_json: Json = False,
 ) -> None:
     """A recipe to a composite; started again after an interruption, it goes on."""
-    from moiety.analysis.controls import evaluate_build
-    from moiety.analysis.tables import Table, controls_table, resources_table
     from moiety.compose import Recipe, default_work
     from moiety.compose import build as run
-    from moiety.compose.card import write_card
 
     quiet_libraries()
     read, work, progress = Recipe.read(recipe), work or default_work(out), ConsoleProgress()
@@ -97,24 +96,48 @@ def build(
         _dry_run(read, work, progress, as_json)
         return
     report = run(read, out, work=work, check=check, progress=progress)
-    values = report.to_dict()
+    _tell(read, report, work, progress, measure=measure, as_json=as_json)
+
+
+def _tell(
+    recipe: "Recipe",
+    report: "BuildReport",
+    work: Path,
+    progress: ConsoleProgress,
+    *,
+    measure: bool,
+    as_json: bool,
+) -> None:
+    """Measure a built composite if asked, finish its card, show all of it."""
+    from moiety.analysis.controls import evaluate_build
+    from moiety.analysis.tables import Table, controls_table, resources_table
+    from moiety.compose.card import write_card
+
+    values, facts = report.to_dict(), report.facts
     rows = [
         ("kind", report.kind),
         *(
             (LABELS.get(name, name.replace("_", " ")), str(value))
-            for name, value in report.facts.items()
+            for name, value in facts.items()
             if not isinstance(value, dict | list)
         ),
         *((f"seconds, {stage}", f"{seconds:.1f}") for stage, seconds in report.seconds.items()),
     ]
-    tables = [Table(title=f"composite in {out}", columns=("", ""), rows=tuple(rows))]
-    tables.append(_tensors_table(report.facts["tensors"]))
+    title = f"composite in {report.composite}"
+    tables = [Table(title=title, columns=("", ""), rows=tuple(rows))]
+    tables.append(_tensors_table(facts["tensors"]))
     if report.invariants:
         tables.append(_invariants_table(report.invariants))
-    if measure and all(expert.domain.heldout for expert in read.experts):
-        values["results"] = results = evaluate_build(read, report.composite, work, progress)
-        write_card(report.composite, read, report, results, report.invariants)
-        tables += [controls_table(results), resources_table(results)]
+    unmeasured = [expert.name for expert in recipe.experts if not expert.domain.heldout]
+    if measure and unmeasured:
+        progress.note(f"not measured: no held-out text is given for {', '.join(unmeasured)}")
+    elif measure:
+        values["results"] = results = evaluate_build(recipe, report.composite, work, progress)
+        write_card(report.composite, recipe, report, results, report.invariants)
+        tables.append(controls_table(results))
+        if results["accuracy"]:
+            tables.append(controls_table(results, "accuracy"))
+        tables.append(resources_table(results))
     show(values, tables, as_json)
 
 
@@ -151,7 +174,7 @@ def _dry_run(recipe: "Recipe", work: Path, progress: ConsoleProgress, as_json: b
         progress.note(f"note: {told}")
     planned = plan(recipe, work)
     table = Table(
-        title=f"plan of a {planned.kind}, stages in {work}",
+        title=f"plan ({planned.kind}), stages in {work}",
         columns=COLUMNS,
         rows=tuple(planned.rows()),
         note=f"The finetunes take {size(planned.dense_bytes)} dense, the composite "
@@ -182,10 +205,12 @@ def edit(
         typer.Option("--set", metavar="FIELD=VALUE", help="Such as method=alps; repeat."),
     ] = None,
     work: Annotated[Path | None, typer.Option(help="Stages; default: MODEL.stages.")] = None,
+    heldout: SomeHeldout = None,
+    measure: Measure = True,
     as_json: Json = False,
 ) -> None:
     """Add, remove, replace or re-prune experts; the others are not pruned again."""
-    from moiety.analysis.tables import Table
+    from moiety.compose import Recipe, default_work
     from moiety.compose import edit as run
     from moiety.compose.editing import pruned_anew
     from moiety.compose.recipe import Domain, Expert
@@ -197,20 +222,26 @@ def edit(
             "--set method=alps, but only one of them is given; other text alone is --data NAME=FILE"
         )
     added, texts = pairs(add or [], "--add"), pairs(data or [])
+    measured = pairs(heldout or [], "--heldout")
+    work, progress = work or default_work(model), ConsoleProgress()
     report = run(
         model,
         out,
         add=[
-            Expert(name=name, model=path, domain=Domain(calibration=texts.get(name)))
+            Expert(
+                name=name,
+                model=path,
+                domain=Domain(calibration=texts.get(name), heldout=measured.get(name)),
+            )
             for name, path in added.items()
         ],
         remove=remove or [],
         replace=pairs(replace or [], "--replace"),
         prune=pruned_anew(model, reprune or [], pairs(settings or [], "--set")),
         data={name: path for name, path in texts.items() if name not in added},
+        heldout={name: path for name, path in measured.items() if name not in added},
         work=work,
-        progress=ConsoleProgress(),
+        progress=progress,
     )
-    rows = tuple((name, str(path)) for name, path in report.experts.items())
-    table = Table(title=f"composite in {out}", columns=("expert", "pruned in"), rows=rows)
-    show(report.to_dict(), [table, _invariants_table(report.invariants)], as_json)
+    recipe = Recipe.read(report.composite / "recipe.yaml")
+    _tell(recipe, report, work, progress, measure=measure, as_json=as_json)

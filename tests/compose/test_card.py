@@ -32,6 +32,7 @@ RESULTS = {
         "composite": {"letters": 1.25, "numbers": 1.75},
     },
     "bits_per_byte": {"composite": {"letters": 0.5, "numbers": 0.625}},
+    "accuracy": {"sums|": {"base": 0.25, "own_expert": 0.5}},
     "tokens_per_second": {"composite": {"prefill": 1000.4, "decode": 12.34}},
     "device": "CPU <b>",
 }
@@ -91,6 +92,8 @@ def test_metadata_and_sections(built: tuple[Recipe, BuildReport], tmp_path: Path
     assert "| base | 3.142 | 2.500 |" in card.text
     assert "| expert | 1.500 | \N{EN DASH} |" in card.text
     assert "| composite | 0.500 | 0.625 |" in card.text
+    assert r"| share | sums\| |" in card.text and "| own expert | 0.500 |" in card.text
+    assert "--out NEW --dense`" in card.text and "--expert" not in card.text
     assert "| composite | 1000 | 12.3 |" in card.text and "CPU &lt;b&gt;" in card.text
     assert r"| routes \| &lt;b&gt;hold&lt;/b&gt; | 2e-07 | 0.001 | yes |" in card.text
     assert "trust_remote_code=True" in card.text and "import moiety\n" in card.text

@@ -1,10 +1,13 @@
 """Experts of a composite that exists: added, removed, replaced."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from moiety.cli import app
 from moiety.compose import Recipe, build, open_composite
 from moiety.compose.editing import edit, pruned_anew
 from moiety.compose.recipe import Domain, Expert, Prune
@@ -38,12 +41,26 @@ def test_an_expert_is_added_and_the_others_are_not_pruned_again(
     assert {name.rpartition("-")[0] for name in pruned} == {"expert-colours"}
 
 
-def test_an_expert_is_replaced(world: Any, pair: Path, tmp_path: Path) -> None:
+def test_the_command_replaces_an_expert_and_measures_the_result(
+    world: Any, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text given as a relative path is named in full in the new composite's recipe."""
     before = stages(pair)
-    edit(pair, tmp_path / "out", replace={"numbers": str(world.finetunes["colours"])})
+    monkeypatch.chdir(world.texts["colours"]["heldout"].parent)
+    options = ["--replace", f"numbers={world.finetunes['colours']}"]
+    options += ["--heldout", "numbers=colours.heldout.jsonl", "--out", str(tmp_path / "out")]
+    shown = CliRunner().invoke(app, ["edit", str(pair), *options, "--json"])
+    assert shown.exit_code == 0, shown.output
     assert open_composite(tmp_path / "out").experts == ("letters", "numbers")
     pruned = {name for name in stages(pair) - before if name.startswith("expert-")}
     assert {name.rpartition("-")[0] for name in pruned} == {"expert-numbers"}
+    told = json.loads(shown.stdout)
+    rows = told["results"]["loss"]
+    assert rows["composite"].keys() == {"letters", "numbers"}
+    assert {"base", "soup", "finetune", "expert", "uniform", "random", "oracle"} < rows.keys()
+    assert all(one["holds"] for one in told["invariants"])
+    numbers = Recipe.read(tmp_path / "out" / "recipe.yaml").experts[1]
+    assert numbers.domain.heldout == str(world.texts["colours"]["heldout"])
 
 
 def test_an_expert_is_pruned_anew(world: Any, pair: Path, tmp_path: Path) -> None:
@@ -71,4 +88,6 @@ def test_what_cannot_be_changed_is_refused(world: Any, pair: Path, tmp_path: Pat
     for changes, message in cases:
         with pytest.raises(InputError, match=message):
             edit(pair, tmp_path / "out", **changes)
+    with pytest.raises(InputError, match=r"expected a composite.*no recipe\.yaml"):
+        edit(world.base, tmp_path / "out", remove=["letters"])
     assert not (tmp_path / "out").exists()

@@ -268,6 +268,8 @@ def test_generation_is_the_same_with_the_cache_and_without(
             alone = generate(model, ids_BS[row : row + 1, mask_S == 1])[0]
             assert torch.equal(cached[row, mask_S.argmax() :][: len(alone)], alone)
         assert torch.equal(cached, generate(model, ids_BS, prefill_chunk_size=2, **more))
+    static = generate(model, ids_BS, cache_implementation="static", **more)
+    assert torch.equal(cached, static)
 
 
 @pytest.mark.parametrize("sliding_window", [None, 8])
@@ -361,8 +363,8 @@ def test_what_an_ensemble_has_not_is_refused(model: EnsembleForCausalLM) -> None
         model(ids_BS, past_key_values=DynamicCache())
     with pytest.raises(InputError, match=r"attention_mask \(batch, tokens\)"):
         model(ids_BS, attention_mask=torch.ones(1, 1, 4, 4))
-    with pytest.raises(InputError, match="cache_implementation dynamic, but it is 'static'"):
-        generate(model, ids_BS, cache_implementation="static")
+    with pytest.raises(InputError, match="dynamic or static, but it is 'offloaded_static'"):
+        generate(model, ids_BS, cache_implementation="offloaded_static")
     with pytest.raises(InputError, match="build the ensemble again"):
         model.resize_token_embeddings(80)
     with pytest.raises(InputError, match="one for each"):

@@ -23,6 +23,7 @@ from moiety.compose.merge import (
     merged,
     soup,
     streamed,
+    streaming,
     task_arithmetic,
 )
 from moiety.compose.merge.properties import coefficients, depends_on_weight, keeps_zeros
@@ -227,6 +228,32 @@ def test_two_finetunes_are_the_ends_of_a_method_between_two_models() -> None:
     result = merged(base, two, Merging(method="slerp", parameters={"t": 0.0}), everything)
     for key in base:
         torch.testing.assert_close(result[key], finetunes["law"][key])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_large_matrices_are_merged_in_blocks_where_that_is_the_same(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only methods that take every place by itself; random ones draw for a whole matrix."""
+    merging, names = of(method)
+    base, all_finetunes = models(torch.bfloat16)
+    finetunes = {name: all_finetunes[name] for name in names}
+    whole = dict(streamed(base, finetunes, merging, ["w"], exact=["w"]))
+    sizes: list[int] = []
+    plain = streaming.merge_one
+
+    def noted(tensors: Any, *more: Any) -> Tensor:
+        sizes.append(len(next(iter(tensors.values()))))
+        return plain(tensors, *more)
+
+    monkeypatch.setattr(streaming, "BLOCK", 16)
+    monkeypatch.setattr(streaming, "merge_one", noted)
+    again = dict(streamed(base, finetunes, merging, ["w"], exact=["w"]))
+    assert torch.equal(again["w"], whole["w"])
+    if method in ("linear", "task_arithmetic"):
+        assert sizes[-3:] == [2, 2, 1]
+    if method in (*RANDOM, "ties", "sce", "model_stock"):
+        assert sizes[-1] == 5
 
 
 @pytest.mark.parametrize("method", METHODS)
