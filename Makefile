@@ -47,8 +47,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: install
 	@$(BIN)/moiety demo $(DEMO_ARGS)
 
+# Two workers of one thread each: tiny models gain nothing from threads. TEST_ARGS="-n 8" takes more.
 test: install-dev
-	@$(BIN)/pytest $(TEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(TEST_ARGS)
 
 check: install-dev
 	@$(BIN)/ruff check $(SOURCES)
