@@ -100,10 +100,10 @@ def _own_domain(summary: RoutingSummary) -> str:
         f"A token goes first to its own domain's expert {share} of the time; "
         f"chance is {1 / len(summary.header.experts):.0%}."
     )
-    if low != high:
+    least, most = f"{own[low]:.0%}", f"{own[high]:.0%}"
+    if least != most:
         sentence += (
-            f" It ranges from {own[low]:.0%} for {visible_line(low)} "
-            f"to {own[high]:.0%} for {visible_line(high)}."
+            f" It ranges from {least} for {visible_line(low)} to {most} for {visible_line(high)}."
         )
     return sentence
 

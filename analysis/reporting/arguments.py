@@ -31,7 +31,7 @@ def token_identity(summary: RoutingSummary) -> str:
 def cells(summary: RoutingSummary) -> str:
     """How many domain and expert pairs stand out."""
     found = summary.cells
-    if not found.tested:
+    if not found.tested or len(summary.header.domains) < 2:
         return ""
     return (
         f"{found.found:,} of {found.tested:,} pairs of domain and expert, layer by layer, differ from "
