@@ -12,7 +12,8 @@ from moiety.analysis.tables import mean_over, section, size
 from moiety.analysis.visible import visible_line
 
 LEVEL = 0.05
-STRONG, WEAK = 0.5, 0.1
+STRONG, WEAK, NEGLIGIBLE = 0.5, 0.1, 0.01
+"""Normalised mutual information above chance from which words are used."""
 CLEAR = 0.001
 
 
@@ -26,10 +27,18 @@ def verdict(summary: RoutingSummary) -> str:
     if null.p_value > LEVEL:
         return "No evidence that experts specialise by domain"
     excess = null.observed - null.mean
+    if not specialised(summary):
+        return "Experts do not specialise by domain: what exceeds chance is negligible"
     degree = "strongly " if excess > STRONG else "weakly " if excess < WEAK else ""
     if summary.vocabulary.conditional.p_value > LEVEL:
         return f"Experts specialise {degree}by vocabulary; no more of the domain is shown"
     return f"Experts specialise {degree}by domain"
+
+
+def specialised(summary: RoutingSummary) -> bool:
+    """Whether experts know more of the domain than chance gives, and enough to speak of."""
+    null = summary.nmi.overall
+    return null.p_value <= LEVEL and null.observed - null.mean >= NEGLIGIBLE
 
 
 def findings(summary: RoutingSummary, results: Mapping[str, Any]) -> list[str]:
@@ -71,12 +80,13 @@ def _evidence(summary: RoutingSummary) -> str:
         return ""
     null = summary.nmi.overall
     documents = sum(summary.header.documents.values())
-    corrected = "" if null.corrected != null.corrected else f", corrected for bias {measured(null)}"
+    form = "{:.3f}" if null.observed >= NEGLIGIBLE else "{:.5f}"
+    corrected = f", corrected for bias {measured(null, form)}"
     sentence = (
-        f"Top-1 expert and domain share a normalised mutual information of {null.observed:.3f}"
-        f"{corrected}. "
-        f"Relabelling the {documents:,} documents at random gives {null.mean:.3f} on average and "
-        f"at most {null.quantile_95:.3f} in 95% of {summary.permutations:,} permutations "
+        f"Top-1 expert and domain share a normalised mutual information of "
+        f"{form.format(null.observed)}{'' if null.corrected != null.corrected else corrected}. "
+        f"Relabelling the {documents:,} documents at random gives {form.format(null.mean)} on average "
+        f"and at most {form.format(null.quantile_95)} in 95% of {summary.permutations:,} permutations "
         f"(p = {null.p_value:.2g})."
     )
     if summary.smallest_p > LEVEL:
@@ -100,10 +110,10 @@ def _own_domain(summary: RoutingSummary) -> str:
         f"A token goes first to its own domain's expert {share} of the time; "
         f"chance is {1 / len(summary.header.experts):.0%}."
     )
-    if low != high:
+    least, most = f"{own[low]:.0%}", f"{own[high]:.0%}"
+    if least != most:
         sentence += (
-            f" It ranges from {own[low]:.0%} for {visible_line(low)} "
-            f"to {own[high]:.0%} for {visible_line(high)}."
+            f" It ranges from {least} for {visible_line(low)} to {most} for {visible_line(high)}."
         )
     return sentence
 
@@ -115,10 +125,12 @@ def _where(summary: RoutingSummary) -> str:
     values = [null.observed for null in layers]
     best, worst = values.index(max(values)), values.index(min(values))
     passed = sum(layer.adjusted_p <= LEVEL for layer in layers)
+    tested = f"{passed} of {len(layers)} layers exceed chance at a false discovery rate of 5%."
+    if not specialised(summary):
+        return tested
     return (
         f"Routing follows the domain most in layer {best} ({values[best]:.3f}) and least in "
-        f"layer {worst} ({values[worst]:.3f}); {passed} of {len(layers)} layers exceed chance at "
-        "a false discovery rate of 5%."
+        f"layer {worst} ({values[worst]:.3f}); {tested}"
     )
 
 

@@ -11,7 +11,9 @@ from torch import nn
 
 from moiety.analysis.losses import LabelledWindows
 from moiety.analysis.results.comparison import Comparison, GateSwap
-from moiety.compose.composite import open_composite
+from moiety.analysis.trace.file import HEADER
+from moiety.analysis.trace.watching import changeable_gates
+from moiety.compose.opening import open_any
 from moiety.errors import InputError
 from moiety.routers import find_gates
 from moiety.text import Windows, read_documents, token_windows
@@ -30,7 +32,13 @@ def gate_swap(
 
     Raises InputError when their gates or vocabularies do not fit each other.
     """
-    one, other = open_composite(first), open_composite(second)
+    for model in (first, second):
+        if (Path(model) / HEADER).is_file():
+            raise InputError(
+                f"expected a model whose gates are exchanged on the data, but {model} is a trace; "
+                "two traces are compared without data"
+            )
+    one, other = open_any(first), open_any(second)
     cut = {
         domain: token_windows(one.tokenizer, read_documents(path), context_length, windows)
         for domain, path in data.items()
@@ -70,7 +78,7 @@ def _check(first: nn.Module, second: nn.Module) -> None:
     shapes = [
         {
             f"{gate.name}.{name}": tuple(value.shape)
-            for gate in find_gates(model)
+            for gate in changeable_gates(model)
             for name, value in gate.module.state_dict().items()
         }
         for model in (first, second)

@@ -17,10 +17,12 @@ from moiety.analysis.counterfactuals.tokens import one_token, whole_document
 from moiety.analysis.losses import LabelledWindows
 from moiety.analysis.results.counterfactuals import Change, Counterfactuals, Swap
 from moiety.analysis.statistics.measures import Floats
-from moiety.compose.composite import Composite, open_composite
+from moiety.analysis.trace.watching import changeable_gates
+from moiety.compose.composite import Composite
+from moiety.compose.opening import open_any
 from moiety.errors import InputError
 from moiety.progress import SILENT, Progress
-from moiety.routers import RouteChange, find_gates, rerouted
+from moiety.routers import RouteChange, rerouted
 from moiety.text import Windows, read_documents, token_windows
 
 MOST_EXPERTS = 16
@@ -61,7 +63,7 @@ def counterfactuals(
     `Counterfactuals`. Raises InputError before any long work.
     """
     documents = {domain: read_documents(path) for domain, path in data.items()}
-    composite = open_composite(model)
+    composite = open_any(model)
     cut = {
         domain: token_windows(composite.tokenizer, texts, context_length, windows)
         for domain, texts in documents.items()
@@ -85,7 +87,7 @@ class _Run:
     ) -> None:
         self.model = composite.model
         self.names = composite.experts
-        self.gates = find_gates(composite.model)
+        self.gates = changeable_gates(composite.model)
         self.text = text
         self.settings = settings
         self.progress = progress

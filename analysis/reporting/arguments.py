@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from moiety.analysis.headline import specialised
 from moiety.analysis.reporting.words import LEVEL, extremes, interval, measured, p_value, quoted
 from moiety.analysis.results import (
     Comparison,
@@ -17,7 +18,7 @@ def token_identity(summary: RoutingSummary) -> str:
     """Whether routing follows the domain or only its words."""
     left = summary.vocabulary.conditional
     whole = summary.information.overall
-    if len(summary.header.domains) < 2 or not whole.corrected > 0:
+    if len(summary.header.domains) < 2 or not specialised(summary) or not whole.corrected > 0:
         return ""
     sentence = (
         f"Expert and domain share {measured(whole)} nats; with the token known, {measured(left)} "
@@ -31,7 +32,7 @@ def token_identity(summary: RoutingSummary) -> str:
 def cells(summary: RoutingSummary) -> str:
     """How many domain and expert pairs stand out."""
     found = summary.cells
-    if not found.tested:
+    if not found.tested or len(summary.header.domains) < 2:
         return ""
     return (
         f"{found.found:,} of {found.tested:,} pairs of domain and expert, layer by layer, differ from "

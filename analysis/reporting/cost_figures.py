@@ -23,15 +23,16 @@ def regret(found: Counterfactuals) -> Figure:
         ),
     ]
     for one in found.token_regret:
+        protocol = one.protocol.partition(":")[0]
         groups.append(
-            (f"best of each token: {one.protocol}", [one.by_domain[d] for d in found.domains])
+            (f"best of each token, {protocol}", [one.by_domain[d] for d in found.domains])
         )
     return Figure(
         name="regret",
         title="Regret of the learned route, by domain",
         spec=bars(groups, found.domains, NATS),
         note="Loss above what one forced expert would have cost; below 0 mixing experts pays. "
-        "Lines: 95% intervals over documents.",
+        "Lines: 95% intervals over documents. Of each token: see the methods.",
         summary="A pair of bars for each domain; the table has the values.",
     )
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moiety.analysis.headline import NEGLIGIBLE, STRONG, WEAK
 from moiety.analysis.results import Comparison, Counterfactuals, GateSwap, RoutingSummary
 from moiety.analysis.visible import visible_line
 
@@ -41,6 +42,8 @@ def of_trace(summary: RoutingSummary) -> list[Method]:
             f"NMI = I(E;D) / √(H(E) H(D)) between a token's {routes} E and its domain D, in each layer, "
             "domains weighted equally; overall it is the mean over layers. As counted it is biased "
             "upwards in small samples; the corrected value takes a jackknife over documents off. "
+            f"The headline says negligible under {NEGLIGIBLE:g} above chance, weakly under {WEAK:g}, "
+            f"strongly over {STRONG:g}, whatever the p-value. "
             "Layers are adjusted for false discovery after Benjamini and Hochberg.",
         ),
         ("Shares", SHARES),
@@ -63,9 +66,12 @@ def _phases(summary: RoutingSummary) -> str:
 
 def of_counterfactuals(found: Counterfactuals) -> list[Method]:
     """What was done to the routes."""
-    return [
-        (name.replace("_", " ").capitalize(), visible_line(told))
-        for name, told in found.protocols.items()
+    told = [
+        (name.replace("_", " ").capitalize(), visible_line(protocol))
+        for name, protocol in found.protocols.items()
+    ]
+    return told + [
+        ("Regret of each token", visible_line(one.protocol)) for one in found.token_regret
     ]
 
 

@@ -161,8 +161,10 @@ def _read_header(path: Path) -> Header:
 
 def _check_header(header: Header, path: Path) -> None:
     rules = {
-        "experts must be one or more names": header.experts
-        and all(isinstance(name, str) for name in header.experts),
+        "model must be a name": isinstance(header.model, str),
+        "experts must be one or more names, each once": header.experts
+        and all(isinstance(name, str) for name in header.experts)
+        and len(set(header.experts)) == len(header.experts),
         "layers must be one or more names": header.layers
         and all(isinstance(name, str) for name in header.layers),
         "active must be a whole number from 1 to the number of experts": isinstance(
@@ -173,7 +175,12 @@ def _check_header(header: Header, path: Path) -> None:
         and header.tokens
         and all(isinstance(count, int) and count > 0 for count in header.tokens.values()),
         "documents must count the documents of each domain": isinstance(header.documents, dict)
-        and set(header.documents) == set(header.tokens),
+        and set(header.documents) == set(header.tokens)
+        and all(isinstance(count, int) and count > 0 for count in header.documents.values()),
+        "context_length and vocabulary must be whole numbers": isinstance(
+            header.context_length, int
+        )
+        and isinstance(header.vocabulary, int),
     }
     for rule, holds in rules.items():
         if not holds:

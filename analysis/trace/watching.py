@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from moiety.compose.ensemble import EnsembleForCausalLM
+from moiety.errors import InputError
 from moiety.routers import Gate, Route, find_gates, watched
 
 Listener = Callable[[Route], None]
@@ -44,6 +45,17 @@ def watching(model: nn.Module) -> Watching:
         experts = len(model.experts)
         return Watching([Gate(POSTERIOR, 0, model, experts, experts)], _posterior)
     return Watching(find_gates(model), watched)
+
+
+def changeable_gates(model: nn.Module) -> list[Gate]:
+    """The gates whose routes can be replaced by others; InputError for an ensemble, or without any."""
+    if isinstance(model, EnsembleForCausalLM):
+        raise InputError(
+            "expected a model with gates, whose routes can be changed, but an ensemble has none: it "
+            "mixes whole models by their posterior; moiety eval measures each of them on every "
+            "domain, moiety trace records the posterior"
+        )
+    return find_gates(model)
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from moiety.commands.common import (
     show,
 )
 from moiety.console import ConsoleProgress
-from moiety.errors import InputError
+from moiety.errors import InputError, OutputError
+from moiety.files import check_writable
 
 Out = Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")]
 Windows = Annotated[int, typer.Option(help="Windows a domain.", min=1)]
@@ -45,6 +46,7 @@ def analyse(
 
     if counted not in ("first", "chosen"):
         raise InputError(f"--counted must be first or chosen, but it is {counted!r}")
+    _check_out(out)
     opened = Trace.open(trace)
     if phase is not None:
         opened = opened.phase(phase)
@@ -80,6 +82,7 @@ def counterfactuals(
     from moiety.analysis.results import to_dict, write_result
     from moiety.analysis.results_tables import counterfactual_tables
 
+    _check_out(out)
     quiet_libraries()
     settings = Settings(
         experts=None if experts is None else _numbers(experts),
@@ -124,6 +127,7 @@ def compare(
     from moiety.analysis.results import to_dict, write_result
     from moiety.analysis.results_tables import comparison_tables, gate_swap_table
 
+    _check_out(out)
     quiet_libraries()
     if data:
         result = gate_swap(
@@ -166,11 +170,21 @@ def retention(
     if work is None:
         assert composite is not None
         work = composite.with_name(f"{composite.name}.stages")
+    _check_out(out)
     quiet_libraries()
     result = run(Recipe.read(recipe), composite, work, ConsoleProgress())
     if out is not None:
         write_result(out, result)
     show(to_dict(result), retention_tables(result), as_json)
+
+
+def _check_out(out: Path | None) -> None:
+    """Refuse a place where the result could not be written, before there is one."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise OutputError(f"expected {out} to be a file to write, but it is a folder; add a name")
+    check_writable(out.parent)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

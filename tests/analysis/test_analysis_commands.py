@@ -99,6 +99,8 @@ def test_gates_swapped_by_command(world: Any, built: Path, tmp_path: Path) -> No
     assert "Gates swapped" in out
     result = read_result(GateSwap, tmp_path / "g.json")
     assert all(change.value == 0 for change in result.change_first.values())
+    _, log = moiety("compare", built / "trace", composite, *held, code=2)
+    assert "is a trace" in log
     with pytest.raises(InputError, match="expected a mixture of experts"):
         gate_swap(composite, world.base, {"a": world.texts["letters"]["heldout"]})
 
@@ -113,6 +115,8 @@ def test_counterfactuals_by_command(world: Any, built: Path, tmp_path: Path) -> 
     assert result.best_expert == {domain: domain for domain in world.texts}
     _, log = moiety("counterfactuals", built / "composite", *held, "--experts", "x", code=2)
     assert "--experts must look like" in log
+    _, log = moiety("counterfactuals", "absent", *held, "--out", tmp_path, code=2)
+    assert "to be a file to write" in log
 
 
 def test_retention_by_command(built: Path, tmp_path: Path) -> None:

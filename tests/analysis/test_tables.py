@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from moiety.analysis.headline import findings, key_figures, verdict
+from moiety.analysis.reporting.arguments import token_identity
 from moiety.analysis.statistics import summarise
 from moiety.analysis.tables import (
     ABSENT,
@@ -130,6 +131,21 @@ def test_headline_says_what_the_numbers_say(plant: Any) -> None:
 def test_headline_admits_no_evidence(plant: Any) -> None:
     summary = summarise(Trace.open(plant(purity=0.0)))
     assert verdict(summary).startswith("No evidence")
+
+
+def test_headline_does_not_sell_significance_as_size(plant: Any) -> None:
+    summary = summarise(Trace.open(plant(purity=0.0)))
+    tiny = replace(
+        summary.nmi.overall, observed=0.0005, corrected=0.0003, mean=0.0002, p_value=0.001
+    )
+    told = replace(summary, nmi=replace(summary.nmi, overall=tiny))
+    assert verdict(told).endswith("what exceeds chance is negligible")
+    text = " ".join(findings(told, {}))
+    assert "0.00050" in text and "(p = 0.001)" in text and "most in layer" not in text
+    assert token_identity(told) == ""
+    weak = replace(tiny, observed=0.02)
+    told = replace(summary, nmi=replace(summary.nmi, overall=weak))
+    assert "weakly by" in verdict(told)
 
 
 def test_headline_does_not_sell_vocabulary_as_domain(plant: Any) -> None:

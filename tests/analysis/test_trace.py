@@ -173,6 +173,9 @@ def test_broken_traces_are_refused(plant: Any) -> None:
         ({"tokens": {"arithmetic": 3}}, "documents must"),
         ({"experts": ["a", "b"]}, r"expected experts 0\.\.1"),
         ({"surprise": 1}, "expected the fields"),
+        ({"context_length": "a"}, "context_length and vocabulary must be"),
+        ({"experts": ["a", "a", "b", "c"]}, "each once"),
+        ({"documents": dict.fromkeys(("arithmetic", "code", "law", "prose"), 0)}, "documents must"),
     ):
         _edit(path / HEADER, **changes)
         with pytest.raises(InputError, match=said):

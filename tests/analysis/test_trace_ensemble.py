@@ -10,6 +10,8 @@ import torch
 from moiety.analysis import summarise
 from moiety.analysis.report import Reported
 from moiety.analysis.trace import Trace, trace_model
+from moiety.analysis.trace.watching import changeable_gates
+from moiety.errors import InputError
 from moiety.text import Windows, token_windows
 from tests.compose.test_ensemble import NAMES, PRIOR, ensemble, text_config
 
@@ -70,6 +72,11 @@ def test_generated_text_has_the_posterior_of_one_pass(
         posterior_CE = model(torch.tensor(found.token_id_T[rows])[None].long()).posterior[0].numpy()
         own_CE = numpy.take_along_axis(posterior_CE, found.experts_TLA[rows, 0].astype(int), 1)
         numpy.testing.assert_allclose(found.weights_TLA[rows, 0], own_CE, atol=1e-4)
+
+
+def test_its_routes_cannot_be_changed(model: Any) -> None:
+    with pytest.raises(InputError, match="mixes whole models by their posterior"):
+        changeable_gates(model)
 
 
 def test_a_report_of_it_has_no_figure_of_layers_or_pairs(
