@@ -88,11 +88,13 @@ def build(
     """A recipe to a composite; started again after an interruption, it goes on."""
     from moiety.compose import Recipe, default_work
     from moiety.compose import build as run
+    from moiety.compose.building import check_out
 
     quiet_libraries()
     read, work, progress = Recipe.read(recipe), work or default_work(out), ConsoleProgress()
     read = read.with_data(pairs(data or []))
     if dry_run:
+        check_out(out)
         _dry_run(read, work, progress, as_json)
         return
     report = run(read, out, work=work, check=check, progress=progress)
