@@ -111,9 +111,12 @@ def test_one_hot_route_is_the_expert(world: Any, tmp_path: Path) -> None:
 def test_every_pattern_and_kind_of_values_builds_loads_and_routes(
     world: Any, tmp_path: Path, pattern: Any, values: str, bits: int
 ) -> None:
-    prune = {"pattern": pattern, "values": values, "refit_steps": 2}
-    recipe = world.write_recipe(tmp_path / "recipe.yaml", prune=prune)
-    build(recipe, tmp_path / "out")
+    changes = {
+        "prune": {"pattern": pattern, "values": values, "refit_steps": 2},
+        "compose": {"kind": "mixture", "shared": "soup"},
+        "route": {"train_steps": 0},
+    }
+    build(world.write_recipe(tmp_path / "recipe.yaml", **changes), tmp_path / "out")
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     packed = [m for m in model.modules() if isinstance(m, SparseExperts)]
     assert {(str(m.pattern), m.values) for m in packed} == {(str(pattern), values)}

@@ -66,8 +66,9 @@ def family(world: Any, folder: Path, architecture: str) -> dict[str, Any]:
     values["base"] = str(folder / "base")
     for expert in values["experts"]:
         expert["model"] = str(folder / expert["name"])
-    values["prune"] = {"refit_steps": 1}
+    values["prune"] = {"method": "magnitude", "refit_steps": 0}
     values["route"] = {"train_steps": 0}
+    values["calibration_windows"] = 8
     return values
 
 
