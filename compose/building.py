@@ -37,8 +37,7 @@ def build(
     recipe = recipe.resolved(Path()) if isinstance(recipe, Recipe) else Recipe.read(recipe)
     out = Path(out).absolute()
     work = default_work(out) if work is None else Path(work)
-    if not (out / RECORD).is_file():
-        check_new_folder(out)
+    check_out(out)
     progress.note("checking the recipe")
     for told in preflight(recipe):
         progress.note(f"note: {told}")
@@ -63,6 +62,12 @@ def build(
         write_json(scratch / RECORD, report.to_dict())
         write_text(scratch / "recipe.yaml", recipe.to_yaml())
     return report
+
+
+def check_out(out: Path) -> None:
+    """Raise OutputError where a build cannot write: no new folder, and no composite either."""
+    if not (out / RECORD).is_file():
+        check_new_folder(out)
 
 
 def default_work(out: str | Path) -> Path:

@@ -19,6 +19,7 @@ from moiety.errors import InputError
 if TYPE_CHECKING:
     from moiety.analysis.tables import Table
     from moiety.compose import BuildReport, Recipe
+    from moiety.compose.recipe import Expert
 
 
 LABELS = {"shared": "shared part from", "gate_parameters": "trainable parameters (the gates)"}
@@ -88,11 +89,13 @@ def build(
     """A recipe to a composite; started again after an interruption, it goes on."""
     from moiety.compose import Recipe, default_work
     from moiety.compose import build as run
+    from moiety.compose.building import check_out
 
     quiet_libraries()
     read, work, progress = Recipe.read(recipe), work or default_work(out), ConsoleProgress()
     read = read.with_data(pairs(data or []))
     if dry_run:
+        check_out(out)
         _dry_run(read, work, progress, as_json)
         return
     report = run(read, out, work=work, check=check, progress=progress)
@@ -213,7 +216,6 @@ def edit(
     from moiety.compose import Recipe, default_work
     from moiety.compose import edit as run
     from moiety.compose.editing import pruned_anew
-    from moiety.compose.recipe import Domain, Expert
 
     quiet_libraries()
     if bool(reprune) != bool(settings):
@@ -227,14 +229,7 @@ def edit(
     report = run(
         model,
         out,
-        add=[
-            Expert(
-                name=name,
-                model=path,
-                domain=Domain(calibration=texts.get(name), heldout=measured.get(name)),
-            )
-            for name, path in added.items()
-        ],
+        add=_added(added, texts, measured),
         remove=remove or [],
         replace=pairs(replace or [], "--replace"),
         prune=pruned_anew(model, reprune or [], pairs(settings or [], "--set")),
@@ -245,3 +240,19 @@ def edit(
     )
     recipe = Recipe.read(report.composite / "recipe.yaml")
     _tell(recipe, report, work, progress, measure=measure, as_json=as_json)
+
+
+def _added(
+    models: dict[str, str], texts: dict[str, str], measured: dict[str, str]
+) -> list["Expert"]:
+    """Experts by their names' model, calibration and held-out text."""
+    from moiety.compose.recipe import Domain, Expert
+
+    return [
+        Expert(
+            name=name,
+            model=path,
+            domain=Domain(calibration=texts.get(name), heldout=measured.get(name)),
+        )
+        for name, path in models.items()
+    ]

@@ -1,8 +1,6 @@
 """Ensembles on disk: built from a recipe, opened, saved again, damaged."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,44 +99,6 @@ def test_saved_again_it_is_the_same(built: Path, tmp_path: Path) -> None:
         for m in (model, again)
     ]
     assert torch.equal(*written)
-
-
-OPENING = """
-{start}
-import sys
-from transformers import AutoModelForCausalLM
-assert {trusted} == ('moiety' not in sys.modules)
-model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code={trusted})
-assert type(model).__module__ == 'moiety.compose.ensemble.model'
-assert sum(type(module).__name__ == 'SparseLinear' for module in model.modules()) == 42
-model.save_pretrained({again!r})
-"""
-
-
-def test_it_opens_in_fresh_processes(built: Path, tmp_path: Path) -> None:
-    """With moiety imported, and through the shim without."""
-    starts = {False: "import moiety", True: ""}
-    children = []
-    for trusted, start in starts.items():
-        again = str(tmp_path / str(trusted))
-        code = OPENING.format(start=start, trusted=trusted, folder=str(built), again=again)
-        child = [sys.executable, "-c", code]
-        children.append(subprocess.Popen(child, cwd=tmp_path, stderr=subprocess.PIPE, text=True))
-    for child in children:
-        _, stderr = child.communicate()
-        assert child.returncode == 0, stderr
-    parts = ("config", "generation_config", "model", "moiety_shim")
-    for trusted in starts:
-        again = tmp_path / str(trusted)
-        assert {path.stem for path in again.iterdir()} == set(parts)
-        fields = json.loads((again / "config.json").read_text())
-        assert fields["auto_map"] == {"AutoConfig": "moiety_shim.EnsembleConfig"}
-        assert fields["quantization_config"]["quant_method"] == "moiety"
-        assert (again / "model.safetensors").stat().st_size == _bytes(built)
-
-
-def _bytes(folder: Path) -> int:
-    return (folder / "model.safetensors").stat().st_size
 
 
 def test_equal_experts_give_the_base(world: Any, tmp_path: Path) -> None:

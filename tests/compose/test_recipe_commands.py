@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from moiety.cli import app
 from moiety.compose import Recipe
-from moiety.errors import InputError
+from moiety.errors import InputError, OutputError
 
 
 def moiety(*arguments: object) -> Any:
@@ -43,6 +43,8 @@ def test_a_dry_run_says_why_not(world: Any, tmp_path: Path) -> None:
     failed = moiety("build", tmp_path / "recipe.yaml", "--out", tmp_path / "out", "--dry-run")
     assert isinstance(failed.exception, InputError)
     assert "base: expected a model folder or a hub id" in str(failed.exception)
+    taken = moiety("build", tmp_path / "recipe.yaml", "--out", world.base, "--dry-run")
+    assert isinstance(taken.exception, OutputError) and "holds files" in str(taken.exception)
 
 
 def test_a_mergekit_file_and_text_for_it(world: Any, tmp_path: Path) -> None:

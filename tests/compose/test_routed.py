@@ -1,7 +1,5 @@
 """Routed models: exact on every architecture, and at home in transformers."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +66,9 @@ def family(world: Any, folder: Path, architecture: str) -> dict[str, Any]:
     values["base"] = str(folder / "base")
     for expert in values["experts"]:
         expert["model"] = str(folder / expert["name"])
-    values["prune"] = {"refit_steps": 1}
+    values["prune"] = {"method": "magnitude", "refit_steps": 0}
     values["route"] = {"train_steps": 0}
+    values["calibration_windows"] = 8
     return values
 
 
@@ -182,17 +181,6 @@ def test_the_gates_alone_learn(built: Path) -> None:
     for gate in find_gates(model):
         gradient = gate.module.get_parameter("weight").grad
         assert gradient is not None and gradient.abs().sum() > 0
-
-
-@pytest.mark.parametrize("prefix", ["import moiety\n", ""])
-def test_it_opens_with_and_without_importing_moiety(built: Path, prefix: str) -> None:
-    code = (
-        f"{prefix}from transformers import AutoModelForCausalLM\n"
-        f"m = AutoModelForCausalLM.from_pretrained({str(built)!r}, trust_remote_code=True)\n"
-        "assert type(m).__name__ == 'RoutedLlamaForCausalLM', type(m)\n"
-        "assert type(m.model.layers[0].mlp.up_proj).__name__ == 'RoutedLinear'"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=built.parent)
 
 
 def test_permuted_experts_permute_routes_and_change_nothing_else(

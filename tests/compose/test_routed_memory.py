@@ -45,7 +45,7 @@ def folders(world: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return found
 
 
-@pytest.fixture(params=list(KINDS))
+@pytest.fixture(params=list(KINDS), scope="module")
 def model(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Any:
     return AutoModelForCausalLM.from_pretrained(folders[request.param]).eval()
 
@@ -159,6 +159,7 @@ def test_a_cropped_cache_goes_on_as_if_nothing_had_been(model: Any) -> None:
     close(found, logits(model)[:, 12:])
 
 
+@pytest.mark.parametrize("model", ["sequence", "split", "sigmoid", "everything"], indirect=True)
 def test_it_compiles_whole(model: Any) -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     close(logits(compiled), logits(model))
