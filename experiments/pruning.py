@@ -9,6 +9,7 @@ kept; `--part 1/2` measures every second one, to share the work among processes.
 """
 
 import argparse
+import math
 import shutil
 import statistics
 import tempfile
@@ -42,6 +43,7 @@ from moiety.scoring import score
 from moiety.text import Windows, read_documents, token_windows
 
 HELD_OUT_WINDOWS = 16
+SAME_LOSS = 0.002
 PATTERNS, SITES = ("2:4", "0.5", "4:8"), ("all", "ffn")
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude", "refit_steps": 0},
@@ -226,6 +228,20 @@ def controls(lab: Lab) -> dict[str, Any]:
     return {"base": lab.losses({}), "dense": dense}
 
 
+def check_same_models(lab: Lab, base: Mapping[str, float]) -> None:
+    """Raise InputError unless the recipe's base and text are those that the file's controls are of.
+
+    The demo's text is what the machine has, so another machine's models are others.
+    """
+    for domain, loss in lab.losses({}).items():
+        if abs(loss - base.get(domain, math.inf)) > SAME_LOSS:
+            raise InputError(
+                f"expected the models and text of the results so far, but the base's loss on "
+                f"{domain} is {loss:.4f} and theirs is {base.get(domain, math.nan):.4f}; "
+                "choose another --out"
+            )
+
+
 def key_of(cell: Cell) -> str:
     """A cell's name in the file."""
     settings = (f"{name}={value}" for name, value in _plain(cell.settings).items())
@@ -246,6 +262,7 @@ def main() -> None:
     progress = ConsoleProgress()
     lab = Lab(Recipe.read(arguments.recipe), arguments.held_out)
     results = started(arguments.out, _measured_how(lab), lambda: controls(lab))
+    check_same_models(lab, results["controls"]["base"])
     part, parts = map(int, arguments.part.split("/"))
     wanted = [cell for cell in cells() if _is_wanted(cell, arguments.only, arguments.match)]
     wanted = [cell for cell in wanted[part - 1 :: parts] if key_of(cell) not in results["cells"]]

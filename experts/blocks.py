@@ -16,6 +16,7 @@ from moiety.experts.calibrate import (
 )
 from moiety.experts.kernels.reference import unpack_bits
 from moiety.experts.matrix import Matrix, MatrixReport
+from moiety.experts.memory import release_freed_memory
 from moiety.experts.methods import outlier_share, owl_densities
 from moiety.experts.packing import Packed
 from moiety.experts.pattern import Pattern
@@ -87,15 +88,13 @@ class BlockPruner:
             outputs: list[Tensor] | None = [] if self._target == BLOCK else None
             grams = GramCollector(linears).run(block, batches, outputs)
             targets = advance_dense(block, batches) if outputs is None else outputs
-            matrices = {
-                name: self._pruned(index, name, linears[name], grams[name])
-                for name in self.progress.track(linears, f"block {index}: matrices")
-            }
-            recovery = None
-            if self.settings.recovery is not None:
-                recovery = self._recovered(block, batches, targets, matrices)
-            result = self._stored(index, linears, matrices, recovery)
+            release_freed_memory()
+            if self.settings.recovery is None:
+                result = self._one_by_one(index, linears, grams)
+            else:
+                result = self._together(index, block, grams, batches, targets)
             advance(block, batches)
+        release_freed_memory()
         return result
 
     def repeat(self, index: int, batches: list[BlockBatch], result: BlockResult) -> None:
@@ -108,6 +107,39 @@ class BlockPruner:
                 assert isinstance(linear, nn.Linear)
                 self._install(row.name, linear, result.packed(row))
             advance(block, batches)
+        release_freed_memory()
+
+    def _one_by_one(
+        self, index: int, linears: Mapping[str, nn.Linear], grams: dict[str, Tensor]
+    ) -> BlockResult:
+        """Prune and store one matrix after the other; nothing but its packed form stays."""
+        result = BlockResult({}, [], None)
+        for name in self.progress.track(linears, f"block {index}: matrices"):
+            matrix = self._pruned(index, name, linears[name], grams.pop(name))
+            self._store(matrix, linears[name], result)
+            del matrix
+            release_freed_memory()
+        return result
+
+    def _together(
+        self,
+        index: int,
+        block: nn.Module,
+        grams: dict[str, Tensor],
+        batches: list[BlockBatch],
+        targets: list[Tensor],
+    ) -> BlockResult:
+        """Prune all matrices, train them together, then store them."""
+        linears = linears_of(block, self.settings.sites)
+        matrices: dict[str, Matrix] = {}
+        for name in self.progress.track(linears, f"block {index}: matrices"):
+            matrices[name] = self._pruned(index, name, linears[name], grams[name])
+            linears[name].weight.copy_(matrices[name].pruned_OI)
+        recovery = self._recovered(block, batches, targets, matrices)
+        result = BlockResult({}, [], recovery)
+        for name, matrix in matrices.items():
+            self._store(matrix, linears[name], result)
+        return result
 
     def _pruned(self, index: int, name: str, linear: nn.Linear, gram_II: Tensor) -> Matrix:
         full_name = self.stream.name(index, name)
@@ -116,7 +148,6 @@ class BlockPruner:
             weight_OI -= self._of_base(full_name)
         matrix = Matrix(full_name, weight_OI, gram_II, self.patterns[index])
         matrix.prune(self.settings, self._mask(full_name, linear.in_features))
-        linear.weight.copy_(matrix.pruned_OI)
         return matrix
 
     def _of_base(self, name: str) -> Tensor:
@@ -142,21 +173,11 @@ class BlockPruner:
             matrix.recovered(block.get_submodule(name).get_parameter("weight").detach())
         return asdict(report)
 
-    def _stored(
-        self,
-        index: int,
-        linears: Mapping[str, nn.Linear],
-        matrices: Mapping[str, Matrix],
-        recovery: dict[str, Any] | None,
-    ) -> BlockResult:
-        tensors: dict[str, Tensor] = {}
-        reports: list[MatrixReport] = []
-        for name, matrix in matrices.items():
-            packed, report = matrix.store(self.settings.values)
-            tensors.update(packed.tensors(f"{matrix.name}.weight"))
-            reports.append(report)
-            self._install(matrix.name, linears[name], packed)
-        return BlockResult(tensors, reports, recovery)
+    def _store(self, matrix: Matrix, linear: nn.Linear, result: BlockResult) -> None:
+        packed, report = matrix.store(self.settings.values)
+        result.tensors.update(packed.tensors(f"{matrix.name}.weight"))
+        result.matrices.append(report)
+        self._install(matrix.name, linear, packed)
 
     @torch.no_grad()
     def _install(self, name: str, linear: nn.Linear, packed: Packed) -> None:
@@ -186,4 +207,5 @@ def allocate(
             sizes.append(sum(linear.weight.numel() for linear in linears.values()))
             for batch, output in zip(batches, outputs, strict=True):
                 batch.hidden_WCD = output
+        release_freed_memory()
     return owl_densities(shares, Pattern.parse(settings.pattern).density, sizes=sizes)

@@ -33,6 +33,7 @@ def write_weights(
             shards.append(_Shard(folder / f"shard-{len(shards)}"))
         shards[-1].append(name, tensor)
         total += tensor.nbytes
+        del tensor
     shards[-1].finish()
     _name_shards(folder, shards, total)
     return total

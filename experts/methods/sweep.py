@@ -83,16 +83,22 @@ def surgeon_coupling(gram_II: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         *((torch.float64, damping * 10**power) for power in range(ESCALATIONS)),
     ]
     for dtype, strength in attempts:
-        reversed_II = gram_II.flip(0, 1).to(dtype)
-        diagonal_I = reversed_II.diagonal()
-        diagonal_I.mul_(1 + strength)
-        diagonal_I[diagonal_I <= 0] = 1
-        lower_II, failed = torch.linalg.cholesky_ex(reversed_II)
-        if not int(failed):
-            factor_II = lower_II.flip(0, 1)
+        factor_II, failed = _upper_factor(gram_II.to(dtype), strength)
+        if not failed:
             price_I = factor_II.diagonal().clone()
             return factor_II.div_(price_I).to(gram_II.dtype), price_I.to(gram_II.dtype)
     raise InputError(
         f"expected a Gram matrix that damping makes positive definite, but damping "
         f"{damping * 10 ** (ESCALATIONS - 1):g} of its diagonal is not enough"
     )
+
+
+def _upper_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, bool]:
+    """R with R Rᵀ the damped matrix, and whether there is none."""
+    reversed_II = gram_II.flip(0, 1)
+    diagonal_I = reversed_II.diagonal()
+    diagonal_I.mul_(1 + damping)
+    diagonal_I[diagonal_I <= 0] = 1
+    lower_II, failed = torch.linalg.cholesky_ex(reversed_II)
+    del reversed_II, diagonal_I
+    return lower_II.flip(0, 1), bool(failed)

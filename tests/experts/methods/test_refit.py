@@ -1,6 +1,7 @@
 """The refit against exact least squares, and what it does at the edges."""
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,3 +121,35 @@ def test_products_in_bf16_find_the_same(problem: Any, monkeypatch: pytest.Monkey
     exact, rough = (relative_error(weight, one, gram) for one in found.values())
     assert rough == pytest.approx(exact, rel=1e-3)
     assert not found[True][pruned == 0].any()
+
+
+def test_bf16_holds_where_inputs_share_a_large_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1024, 256, generator=generator)
+    inputs += 3 * torch.randn(256, generator=generator)
+    inputs[:, 5] *= 1000
+    weight, gram = torch.randn(32, 256, generator=generator), inputs.T @ inputs
+    pruned = sparsegpt(weight, gram, TWO_FOUR)
+    monkeypatch.setattr(refit_module, "_has_fast_bf16", lambda _device: False)
+    exact = relative_error(weight, refit(weight, pruned, gram), gram)
+    monkeypatch.setattr(refit_module, "_has_fast_bf16", lambda _device: True)
+    monkeypatch.setattr(refit_module, "ROUGH_FROM", 1)
+    found = refit(weight, pruned, gram)
+    assert relative_error(weight, found, gram) == pytest.approx(exact, rel=1e-3)
+
+
+def test_rows_that_bf16_would_spoil_stay_as_they_came(
+    problem: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, gram = problem(32, 256)
+    pruned = sparsegpt(weight, gram, TWO_FOUR)
+    inputs = refit_module._Inputs.of(gram)
+    wrong = (torch.eye(256) / 256).bfloat16()
+    monkeypatch.setattr(refit_module._Inputs, "of", lambda _gram: replace(inputs, rough_II=wrong))
+    found = refit(weight, pruned, gram)
+
+    def errors(candidate: Tensor) -> Tensor:
+        return torch.linalg.vecdot((weight - candidate) @ gram, weight - candidate)
+
+    assert (errors(found) <= errors(pruned) * (1 + 1e-5)).all()
+    assert (found == pruned).all(dim=1).any()
