@@ -29,7 +29,7 @@ from benchmarks.routing_measures import (
     shares_after,
 )
 from benchmarks.routing_models import Kind, Made, Workshop
-from benchmarks.routing_rows import CONTEXT, PLAIN, Row, all_rows, controls
+from benchmarks.routing_rows import BEST, CONTEXT, PLAIN, Row, all_rows, controls
 from benchmarks.routing_tables import tables
 from benchmarks.routing_texts import Texts, read_texts
 from benchmarks.tables import device
@@ -49,8 +49,8 @@ PLAIN_ROWS: dict[Kind, Row] = {
     "mixture": Row(name="plain", kind="mixture", k=2, router=None),
 }
 TWINS: dict[str, dict[str, Any]] = {
-    "ridge": {"context": []},
-    "ridge, context 8+32+128": {"context": CONTEXT},
+    BEST: {"context": []},
+    f"{BEST}, context 8+32+128": {"context": CONTEXT},
 }
 
 

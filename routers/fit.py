@@ -47,7 +47,7 @@ class FitSettings:
     `batch_size` counts windows; `seed` is for "random" and for stitching.
     """
 
-    method: Method = "ridge"
+    method: Method = "logistic"
     penalty: float = 1e-2
     stitch: float = 0.5
     shortest: int = 32
