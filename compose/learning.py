@@ -99,7 +99,7 @@ def route(
     join(input_device(composite.model))
     composite.own_expert(data)
     cut = {
-        domain: token_windows(composite.tokenizer, texts, context_length, windows)
+        domain: _cut(domain, texts, composite.tokenizer, context_length, windows)
         for domain, texts in documents.items()
     }
     report = route_model(
@@ -122,6 +122,14 @@ def route(
 
     from_first(save)
     return report
+
+
+def _cut(domain: str, texts: Sequence[str], tokenizer: Any, length: int, count: int) -> Windows:
+    """A domain's windows; what is wrong with its text is said of it."""
+    try:
+        return token_windows(tokenizer, texts, length, count)
+    except InputError as error:
+        raise InputError(f"text of {domain!r}: {error}") from error
 
 
 def route_model(

@@ -117,7 +117,9 @@ class Expert(Part):
 class Route(Part):
     """How the gates are learned: a closed-form start, then `train_steps` of gate-only training."""
 
-    init: Literal["ridge", "logistic", "centroid", "arrow", "prompts", "random", "zeros"] = "logistic"
+    init: Literal["ridge", "logistic", "centroid", "arrow", "prompts", "random", "zeros"] = (
+        "logistic"
+    )
     """logistic, ridge, centroid; arrow (no text); controls prompts, random, zeros (no preference)"""
     penalty: float = Field(default=FitSettings().penalty, gt=0)
     """strength of ridge's and logistic's penalty"""
