@@ -5,6 +5,8 @@ mergekit-moe's gates, closed forms and trained gates are judged on held-out text
 switches domain in the middle, and on text of a domain that no expert knows; `twins` says what
 routers make of two experts of one domain. With --json rows are kept as they are measured, and a
 stopped run goes on with the first that is missing. Takes an hour on two cores; --only for a part.
+Where other things run on the machine, `--timing skip` leaves out all times, and `--timing only`
+later fits the rows of FILE again, alone, for them.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from benchmarks.routing_measures import (
     shares_after,
 )
 from benchmarks.routing_models import Kind, Made, Workshop
-from benchmarks.routing_rows import CONTEXT, PLAIN, Row, all_rows, controls
+from benchmarks.routing_rows import BEST, CONTEXT, PLAIN, Row, all_rows, controls
 from benchmarks.routing_tables import tables
 from benchmarks.routing_texts import Texts, read_texts
 from benchmarks.tables import device
@@ -47,16 +49,16 @@ PLAIN_ROWS: dict[Kind, Row] = {
     "mixture": Row(name="plain", kind="mixture", k=2, router=None),
 }
 TWINS: dict[str, dict[str, Any]] = {
-    "ridge": {"context": []},
-    "ridge, context 8+32+128": {"context": CONTEXT},
+    BEST: {"context": []},
+    f"{BEST}, context 8+32+128": {"context": CONTEXT},
 }
 
 
 class Bench:
     """All measurements of one recipe; composites that several rows need are kept open."""
 
-    def __init__(self, shop: Workshop, texts: Texts) -> None:
-        self.shop, self.texts = shop, texts
+    def __init__(self, shop: Workshop, texts: Texts, timing: str = "with") -> None:
+        self.shop, self.texts, self.timing = shop, texts, timing
         self.batch_size = shop.recipe.batch_size
         self._plain: dict[Kind, Composite] = {}
         self._oracle: dict[Kind, tuple[dict[str, Reading], Reading]] = {}
@@ -72,7 +74,6 @@ class Bench:
         switched = self._read(made.composite, self.texts.switched, policy and policy())
         foreign = self._read(made.composite, self.texts.foreign, policy and policy())
         oracle, oracle_switched = self.oracle(row.kind)
-        share, extra = (None, None) if row.control else self._overhead(row.kind, made.composite)
         return {
             "router": row.name,
             "composite": row.kind,
@@ -81,15 +82,28 @@ class Bench:
             "loss": {domain: reading.loss for domain, reading in readings.items()},
             "regret": _mean(readings) - _mean(oracle),
             **routing_figures(readings, len(made.composite.experts)),
-            "fit_seconds": made.seconds if row.fit != "none" else 0.0,
-            "decode_overhead": share,
-            "decode_milliseconds": extra,
+            **self._times(row, made),
             "foreign_loss": None if row.control == "oracle" else foreign.loss,
             "switch": {
                 "loss": switched.loss,
                 "regret": switched.loss - oracle_switched.loss,
                 "share_at": shares_after(switched.own_WC, self.texts.half),
             },
+        }
+
+    def times(self, row: Row) -> dict[str, float | None]:
+        """The times alone, of a router that is made anew."""
+        return self._times(row, self._made(row))
+
+    def _times(self, row: Row, made: Made) -> dict[str, float | None]:
+        share, extra, timed = None, None, self.timing != "skip"
+        if timed and row.control is None:
+            share, extra = self._overhead(row.kind, made.composite)
+        fitted = made.seconds if timed else None
+        return {
+            "fit_seconds": 0.0 if row.fit == "none" else fitted,
+            "decode_overhead": share,
+            "decode_milliseconds": extra,
         }
 
     def _made(self, row: Row) -> Made:
@@ -191,6 +205,12 @@ class Record:
         self.content[part].append({"key": key, **row})
         self.save()
 
+    def change(self, part: str, key: str, values: dict[str, Any]) -> None:
+        """Other values of a row that is there."""
+        [row] = [row for row in self.content[part] if row["key"] == key]
+        row.update(values)
+        self.save()
+
     def save(self) -> None:
         """Write the file, if there is one."""
         if self.path is not None:
@@ -212,52 +232,72 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--work", type=Path, help="stages are kept here (beside --json)")
     made.add_argument("--threads", type=int, help="torch threads")
+    made.add_argument(
+        "--timing",
+        choices=("with", "skip", "only"),
+        default="with",
+        help="times with the rest, not at all, or alone for the rows in --json",
+    )
     return made
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure every row that is asked for and not there yet."""
-    quick = arguments.quick
+    """Measure every row that is asked for and not there yet, or the times of those that are."""
+    quick, timing = arguments.quick, arguments.timing
     windows = arguments.windows or (QUICK_WINDOWS if quick else WINDOWS)
     steps = arguments.train_steps or (QUICK_STEPS if quick else TRAIN_STEPS)
     recipe = Recipe.read(arguments.recipe)
     evaluate = recipe.evaluate.model_copy(update={"windows": windows})
     recipe = recipe.model_copy(update={"evaluate": evaluate})
     work = arguments.work or (arguments.json or Path("routers")).with_suffix(".work")
-    shop = Workshop(recipe, work.absolute(), arguments.fit_windows)
+    shop = Workshop(recipe, work.absolute(), arguments.fit_windows, sharing=timing != "only")
     texts = read_texts(recipe, shop.builder("routed", 1).tokenizer, 1 if quick else 4)
-    bench = Bench(shop, texts)
-    head = {
-        "run": digest(
-            {
-                "recipe": recipe.model_dump(mode="json"),
-                "steps": steps,
-                "fit_windows": arguments.fit_windows,
-            }
-        ),
+    bench = Bench(shop, texts, timing)
+    record = Record(arguments.json, _head(recipe, windows, steps, arguments.fit_windows))
+    wanted, console = re.compile(arguments.only), Console(stderr=True)
+    for row in all_rows(recipe.names, recipe.seed, steps):
+        known = record.has("rows", row.key)
+        if not wanted.search(row.key) or known != (timing == "only"):
+            continue
+        console.print(row.key)
+        if known:
+            record.change("rows", row.key, bench.times(row))
+        else:
+            record.add("rows", row.key, bench.row(row))
+    if timing != "only":
+        _beside_rows(bench, record, wanted, console)
+    return record.content
+
+
+def _head(recipe: Recipe, windows: int, steps: int, fit_windows: int | None) -> dict[str, Any]:
+    settings = {
+        "recipe": recipe.model_dump(mode="json"),
+        "steps": steps,
+        "fit_windows": fit_windows,
+    }
+    return {
+        "run": digest(settings),
         "device": device(),
         "threads": torch.get_num_threads(),
         "context_length": recipe.context_length,
         "context": list(CONTEXT),
         "seed": recipe.seed,
         "windows": windows,
-        "fit_windows": arguments.fit_windows or recipe.calibration_windows,
+        "fit_windows": fit_windows or recipe.calibration_windows,
         "train_steps": steps,
     }
-    record, console = Record(arguments.json, head), Console(stderr=True)
-    wanted = re.compile(arguments.only)
-    for row in all_rows(recipe.names, recipe.seed, steps):
-        if wanted.search(row.key) and not record.has("rows", row.key):
-            console.print(row.key)
-            record.add("rows", row.key, bench.row(row))
+
+
+def _beside_rows(bench: Bench, record: Record, wanted: re.Pattern[str], console: Console) -> None:
+    """Twins, and the base's losses."""
+    names = bench.shop.recipe.names
     for name, router in TWINS.items():
         if wanted.search(f"twins: {name}") and not record.has("twins", name):
             console.print(f"twins: {name}")
-            record.add("twins", name, bench.twins(recipe.names[0], router))
+            record.add("twins", name, bench.twins(names[0], router))
     if "base" not in record.content:
         record.content["base"] = bench.base
         record.save()
-    return record.content
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ L layers, E experts, D model width.
 """
 
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,15 +22,17 @@ from torch import Tensor
 
 from moiety.compose.composite import Composite, open_composite
 from moiety.compose.kinds import builder_of
-from moiety.compose.learning import route_model
+from moiety.compose.learning import SUMMED, route_model
 from moiety.compose.recipe import Recipe
 from moiety.compose.routing import RoutingBuilder
 from moiety.compose.stages import Stages
 from moiety.experts.checkpoint import Checkpoint
 from moiety.files import digest
 from moiety.progress import SILENT, Progress
-from moiety.routers import find_gates
-from moiety.text import write_documents
+from moiety.routers import FitSettings, GateStatistics, collect, find_gates
+from moiety.routers.labelled import hold_back
+from moiety.routers.passes import linear_gates
+from moiety.text import Windows, write_documents
 
 Kind = Literal["routed", "mixture"]
 KINDS: dict[Kind, dict[str, Any]] = {
@@ -49,14 +52,28 @@ class Made:
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """What gates saw of the calibration text, and the seconds that it took to read it."""
+
+    statistics: list[GateStatistics]
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Workshop:
-    """Builds composites of one recipe in folder `work`, and opens them."""
+    """Builds composites of one recipe in folder `work`, and opens them.
+
+    With `sharing`, routers whose gates see the same read the calibration text once together; the
+    time of that pass counts for each.
+    """
 
     recipe: Recipe
     work: Path
     fit_windows: int | None = None
+    sharing: bool = True
     progress: Progress = field(default=SILENT)
+    _sums: dict[str, Sums] = field(default_factory=dict, repr=False)
 
     def make(
         self, kind: Kind, top_k: int, router: Settings | None = None, route: Settings | None = None
@@ -77,16 +94,45 @@ class Workshop:
             name: windows.select(slice(self.fit_windows))
             for name, windows in builder.calibration.items()
         }
+        sums = self._read(builder.recipe, composite, data)
         report = route_model(
             composite,
             data,
             builder.recipe.route,
             batch_size=self.recipe.batch_size,
             seed=self.recipe.seed,
+            statistics=sums and sums.statistics,
             progress=self.progress,
         )
-        parts = [part for part in (report.fitted, report.training) if part is not None]
+        parts = [part for part in (sums, report.fitted, report.training) if part is not None]
         return Made(composite=composite, seconds=sum(part.seconds for part in parts))
+
+    def _read(
+        self, recipe: Recipe, composite: Composite, data: Mapping[str, Windows]
+    ) -> Sums | None:
+        """What gates like these saw, read now if no router before has; None if not to be shared."""
+        if not self.sharing or recipe.route.init not in SUMMED:
+            return None
+        gates, settings = linear_gates(composite.model), FitSettings()
+        seen = [(gate.name, gate.module.get_parameter("weight").shape[1]) for gate in gates]
+        context = getattr(getattr(recipe.compose, "router", None), "context", None)
+        key = digest([recipe.compose.kind, seen, context, recipe.route.stitch])
+        if key not in self._sums:
+            started = time.perf_counter()
+            statistics = collect(
+                composite.model,
+                gates,
+                hold_back(data)[0],
+                composite.own_expert(data),
+                stitch=recipe.route.stitch,
+                tokens=settings.tokens,
+                sample=settings.logistic_tokens,
+                seed=recipe.seed,
+                batch_size=recipe.batch_size,
+                progress=self.progress,
+            )
+            self._sums[key] = Sums(statistics=statistics, seconds=time.perf_counter() - started)
+        return self._sums[key]
 
     def builder(
         self, kind: Kind, top_k: int, router: Settings | None = None, route: Settings | None = None
@@ -165,4 +211,4 @@ class Workshop:
                 named = {"name": f"{name}_{letter}", "model": expert.model}
                 experts.append({**named, "domain": domain})
         recipe = Recipe.model_validate({**self.recipe.model_dump(), "experts": experts})
-        return Workshop(recipe, self.work, self.fit_windows, self.progress)
+        return Workshop(recipe, self.work, self.fit_windows, self.sharing, self.progress)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks.routing_measures import Policy
 from benchmarks.routing_models import Kind
+from moiety.compose.recipe import Route
 from moiety.routers import per_token, random, sequence_level, uniform
 
 CONTEXT = (8, 32, 128)
@@ -15,6 +16,8 @@ CONTEXTS: tuple[tuple[int | str, ...], ...] = ((8,), (32,), (128,), ("mean",), C
 MERGEKIT_MODES = ("hidden", "hidden_avg", "cheap_embed", "random", "uniform_random")
 CONSTANT = 0.4
 PLAIN: dict[str, Any] = {"context": []}
+BEST = Route().init
+"""What gates start from where a row does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,7 @@ def _controls(experts: Sequence[str], seed: int) -> list[Row]:
 
 
 def _forced(kind: Kind, k: int, seed: int) -> list[Row]:
-    """Controls on gates that know nothing, but for the posterior, which is of ridge gates."""
+    """Controls on gates that know nothing, but for the posterior, which is of fitted gates."""
     rows: list[Row] = []
     for name in controls(seed):
         fitted = name == "sequence_level"
@@ -131,8 +134,8 @@ def _plain() -> list[Row]:
     return [
         *(Row(name=init, route={"init": init}) for init in inits),
         Row(name="arrow", router=arrow, route={"init": "arrow"}),
-        Row(name="ridge", k=2),
-        Row(name="ridge, one router", router={**PLAIN, "span": "all"}),
+        Row(name=BEST, k=2),
+        Row(name=f"{BEST}, one router", router={**PLAIN, "span": "all"}),
         Row(name="sequence posterior", router={"kind": "sequence"}),
     ]
 
@@ -144,13 +147,13 @@ def _context() -> list[Row]:
         for init in ("ridge", "logistic")
         for context in CONTEXTS
     ]
-    ridge = _named("ridge", CONTEXT)
+    best = _named(BEST, CONTEXT)
     variants: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-        ridge: (2, {}, {}),
-        f"{ridge}, mass 0.9": (2, {"mass": 0.9}, {}),
-        f"{ridge}, one router": (1, {"span": "all"}, {}),
-        f"{ridge}, sigmoid": (2, {"kind": "sigmoid"}, {}),
-        f"{ridge}, pure text only": (1, {}, {"stitch": 0}),
+        best: (2, {}, {}),
+        f"{best}, mass 0.9": (2, {"mass": 0.9}, {}),
+        f"{best}, one router": (1, {"span": "all"}, {}),
+        f"{best}, sigmoid": (2, {"kind": "sigmoid"}, {}),
+        f"{best}, pure text only": (1, {}, {"stitch": 0}),
     }
     return rows + [
         Row(name=name, k=k, router={"context": CONTEXT, **router}, route=route)
@@ -159,7 +162,7 @@ def _context() -> list[Row]:
 
 
 def _trained(steps: int) -> list[Row]:
-    """Gates that start from ridge and are trained on each objective."""
+    """Gates that start from the default and are trained on each objective."""
     objectives = {"language": 2, "distill": 2, "domain": 1, "regret": 1}
     gates = {"plain": (), _context_name(CONTEXT): CONTEXT}
     rows = [

@@ -33,11 +33,13 @@ from moiety.routers.masters import Masters
 from moiety.routers.objective import check_objective
 from moiety.routers.passes import input_device, linear_gates
 from moiety.routers.start import load_start, save_start
+from moiety.routers.statistics import GateStatistics
 from moiety.routers.together import from_first, is_first, join
 from moiety.text import Windows, read_documents, token_windows
 
 SUMMED = ("ridge", "logistic", "centroid")
 """Starts that need nothing of a domain's text but sums over it."""
+Statistics = Path | Sequence[GateStatistics] | None
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def route(
     join(input_device(composite.model))
     composite.own_expert(data)
     cut = {
-        domain: token_windows(composite.tokenizer, texts, context_length, windows)
+        domain: _cut(domain, texts, composite.tokenizer, context_length, windows)
         for domain, texts in documents.items()
     }
     report = route_model(
@@ -122,6 +124,14 @@ def route(
     return report
 
 
+def _cut(domain: str, texts: Sequence[str], tokenizer: Any, length: int, count: int) -> Windows:
+    """A domain's windows; what is wrong with its text is said of it."""
+    try:
+        return token_windows(tokenizer, texts, length, count)
+    except InputError as error:
+        raise InputError(f"text of {domain!r}: {error}") from error
+
+
 def route_model(
     composite: Composite,
     data: Mapping[str, Windows],
@@ -132,7 +142,7 @@ def route_model(
     checkpoint: Path | None = None,
     trackers: Sequence[str] = (),
     log_dir: Path | None = None,
-    statistics: Path | None = None,
+    statistics: Statistics = None,
     progress: Progress = SILENT,
 ) -> RouteReport:
     """Fit and train the gates of an open composite in place.
@@ -140,7 +150,8 @@ def route_model(
     The closed form sees all of `data`; training learns on three quarters of the documents and
     keeps the gates that do best on the last quarter, which may be those it started from. Routers
     of a kind that learns nothing stay as they are. Several processes fit the same and go on from
-    what the first one has.
+    what the first one has. `statistics` is a folder as in `route`, or what `collect` found in
+    `labelled.hold_back(data)[0]`, which then is not read again.
     """
     own_expert = composite.own_expert(data)
     progress = progress if is_first() else SILENT
@@ -232,7 +243,7 @@ def _fit(
     settings: Route,
     batch_size: int,
     seed: int,
-    statistics: Path | None,
+    statistics: Statistics,
     progress: Progress,
 ) -> FitReport:
     """The closed-form start; `arrow` needs no text but for the scale of its logits."""
@@ -249,8 +260,8 @@ def _fit(
         seed=seed,
     )
     weights = arrow_weights(composite.model) if settings.init == "arrow" else None
-    kept = None
-    if statistics is not None:
+    kept = None if isinstance(statistics, Path) else statistics
+    if isinstance(statistics, Path):
         text, gates = hold_back(data)[0], linear_gates(composite.model)
         kept = collect_or_keep(
             statistics, composite.model, gates, text, own_expert, chosen, progress

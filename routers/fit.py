@@ -20,11 +20,19 @@ from moiety.routers.heldback import GateFit, as_they_came_on_error, score, write
 from moiety.routers.labelled import hold_back
 from moiety.routers.passes import check_domains, linear_gates
 from moiety.routers.router import Router
-from moiety.routers.statistics import GateStatistics, collect, stitched_windows
+from moiety.routers.statistics import GateStatistics, collect, enough, stitched_windows
 from moiety.text import Windows
 
 Method = Literal["ridge", "logistic", "centroid", "prompts", "random", "zeros"]
 CONTROLS = ("random", "prompts", "zeros")
+COUNTS = (
+    "shortest",
+    "tokens",
+    "held_back_tokens",
+    "logistic_tokens",
+    "minimum_tokens",
+    "batch_size",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +42,17 @@ class FitSettings:
     `penalty` is the L2 penalty of "ridge" and "logistic", relative to the size of the features;
     `stitch` is how many windows that switch domain are read for each of a domain's own, 0 for
     none, and `shortest` the fewest tokens between two switches; `tokens` is how many of each label
-    are summed up at most, `logistic_tokens` is how many
-    tokens of each label "logistic" looks at; `minimum_tokens` is what every own expert needs;
+    are summed up at most, and so how much text is read, `held_back_tokens` how many of each
+    domain the solution is scored on, `logistic_tokens` how many of each label "logistic" looks at; `minimum_tokens` is what every own expert needs;
     `batch_size` counts windows; `seed` is for "random" and for stitching.
     """
 
-    method: Method = "ridge"
+    method: Method = "logistic"
     penalty: float = 1e-2
     stitch: float = 0.5
     shortest: int = 32
     tokens: int = 16384
+    held_back_tokens: int = 4096
     logistic_tokens: int = 4096
     minimum_tokens: int = 128
     batch_size: int = 8
@@ -56,7 +65,7 @@ class FitSettings:
             raise InputError(f"penalty must be positive, but it is {self.penalty}")
         if not 0 <= self.stitch < float("inf"):
             raise InputError(f"stitch must be 0 or a positive number, but it is {self.stitch}")
-        for name in ("shortest", "tokens", "logistic_tokens", "minimum_tokens", "batch_size"):
+        for name in COUNTS:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, but it is {getattr(self, name)}")
         if self.seed < 0:
@@ -93,7 +102,7 @@ def fit(
 
     Weights change in place and keep their dtype; nothing else in the model changes, but for
     selection biases, which start at 0 again. Three quarters of a domain's documents give the
-    statistics; the rest choose the scale of the logits (the controls "random",
+    statistics, as far as `tokens` of them go; the rest choose the scale of the logits (the controls "random",
     "prompts" and "zeros" keep scale 1) and measure accuracy. A domain with fewer than four windows is used for both.
     `weights`, by the gates' names, are scaled and written as they are (`initialise.arrow`);
     `statistics` of an earlier `collect` on `labelled.hold_back(data)[0]` save its pass.
@@ -115,7 +124,7 @@ def fit(
         fits = score(
             model,
             gates,
-            held_back,
+            {name: enough(text, settings.held_back_tokens) for name, text in held_back.items()},
             own_expert,
             rescale=weights is not None or settings.method not in CONTROLS,
             batch_size=settings.batch_size,
@@ -130,7 +139,7 @@ def fit(
         seconds=time.perf_counter() - started,
         method=settings.method if weights is None else "given",
         windows=sum(map(len, data.values())),
-        stitched=sum(stitched_windows(windows, stitch) for windows in kept.values()),
+        stitched=sum(stitched_windows(text, settings.tokens, stitch) for text in kept.values()),
     )
 
 

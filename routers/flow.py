@@ -22,6 +22,9 @@ from moiety.routers.spec import Horizon
 from moiety.routers.states import States, remember, states_of
 from moiety.routers.step import Step
 
+SMALLEST = 1e-6
+"""What the count of a horizon that holds no token yet is taken for."""
+
 
 class Flow:
     """One model's running forward pass, shared by its routers.
@@ -113,34 +116,36 @@ class Flow:
         here: of E numbers instead of D, since a gate is linear.
         """
         if self._step is not None and start is not None:
-            return self._step.logits(each_BSEF[:, 0], start)
+            return self._step.logits(each_BSEF[:, 0], start)[:, None]
         return each_BSEF[..., 0] + self.means(each_BSEF[..., 1:], start).sum(-1)
 
     def sums(self, value_BSEH: Tensor, start: int | None) -> Tensor:
-        """Running sums of what a router saw, padding left out; kept if it has room from `start`."""
-        batch, length, experts, width = value_BSEH.shape
-        if self._step is not None and start is not None:
-            return self._step.sums(value_BSEH[:, 0, :, 0], start)[:, None, :, None]
-        self._check(value_BSEH)
-        assert self.decay_BSH is not None and self._kept_BS is not None
-        past_BEH = None
-        if self._past_BC is not None and start is not None:
-            past_BC = self._past_BC[:, start : start + experts * width]
-            past_BEH = past_BC.view(batch, experts, width).to(value_BSEH.device)
-        device = value_BSEH.device
-        kept_BS = self._kept_BS.to(device)
-        value_BSEH = torch.where(kept_BS[..., None, None], value_BSEH, 0.0)
-        sums_BSEH = running_sums(self.decay_BSH.to(device)[:, :, None], value_BSEH, past_BEH)
-        if start is not None and self._states is not None:
-            self._found[start] = sums_BSEH.reshape(batch, length, experts * width)
-        return sums_BSEH
+        """Running sums of what a router saw: its means, times what they hold."""
+        mean_BSEH = self.means(value_BSEH, start)
+        count_BSH = self.count_BSH if self._step is None else self._step.count_BH[:, None]
+        assert count_BSH is not None
+        return mean_BSEH * count_BSH.to(mean_BSEH.device)[:, :, None]
 
     def means(self, value_BSEH: Tensor, start: int | None) -> Tensor:
-        """Causal means of what a router saw: `sums` over how much they hold."""
-        sums_BSEH = self.sums(value_BSEH, start)
+        """Causal means of what a router saw, padding left out; kept if it has room from `start`."""
+        if self._step is not None and start is not None:
+            return self._step.means(value_BSEH[:, 0], start)[:, None]
+        self._check(value_BSEH)
+        assert self.decay_BSH is not None and self._kept_BS is not None
         assert self.count_BSH is not None
-        count_BS1H = self.count_BSH.to(sums_BSEH.device).clamp(min=1e-6)[:, :, None]
-        return sums_BSEH / count_BS1H
+        batch, _length, experts, width = value_BSEH.shape
+        device, past_BEH = value_BSEH.device, None
+        if self._past_BC is not None and start is not None:
+            past_BC = self._past_BC[:, start : start + experts * width]
+            past_BEH = past_BC.view(batch, experts, width) * self._past_BC[:, None, -1 - width : -1]
+            past_BEH = past_BEH.to(device)
+        kept_BS11 = self._kept_BS.to(device)[..., None, None]
+        value_BSEH = torch.where(kept_BS11, value_BSEH, 0.0)
+        sums_BSEH = running_sums(self.decay_BSH.to(device)[:, :, None], value_BSEH, past_BEH)
+        mean_BSEH = sums_BSEH / self.count_BSH.to(device).clamp(min=SMALLEST)[:, :, None]
+        if start is not None and self._states is not None:
+            self._found[start] = mean_BSEH.flatten(2)
+        return mean_BSEH
 
     def wide_means(self, value_BSD: Tensor) -> Tensor:
         """Causal means of the whole input at every horizon (B, S, H, D), without history."""
@@ -153,7 +158,7 @@ class Flow:
             self._mixed = mixings(self.decay_BSH.to(device))
         mixed = [(one.to(device), other.to(device)) for one, other in self._mixed]
         sums_BSHD = wide_sums(mixed, value_BSD)
-        return sums_BSHD / self.count_BSH.to(device).clamp(min=1e-6)[..., None]
+        return sums_BSHD / self.count_BSH.to(device).clamp(min=SMALLEST)[..., None]
 
     def _check(self, value: Tensor) -> None:
         """Outside of a model's forward pass, or with other rows, nothing is known of the rows."""

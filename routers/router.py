@@ -82,12 +82,13 @@ class Router(nn.Module):
         return logits_BSE.reshape(-1, self.experts)
 
     def _by_softmax(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        if self.top_k == 1:
+            experts_T1 = logits_TE.argmax(-1, keepdim=True)
+            return torch.ones_like(experts_T1, dtype=logits_TE.dtype), experts_T1
         weights_TA, experts_TA = logits_TE.softmax(-1).topk(self.top_k, dim=-1)
         if self.spec.mass is not None:
             before_TA = weights_TA.cumsum(-1) - weights_TA
             weights_TA = torch.where(before_TA < self.spec.mass, weights_TA, 0.0)
-        if self.top_k == 1:
-            return torch.ones_like(weights_TA), experts_TA
         return weights_TA / weights_TA.sum(-1, keepdim=True), experts_TA
 
     def _by_sigmoid(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:

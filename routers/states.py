@@ -4,7 +4,7 @@ B batch, S sequence, T tokens so far, C channels. A row a token makes reordering
 (assisted generation), repeating and selecting what they are for keys and values.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,11 @@ class DynamicStates(DynamicLayer):
         if not self.is_initialized or self.keys is None or self.keys.shape[-2] == 0:
             return None
         return self.keys[:, 0, -1]
+
+    def grow(self, state_B1SC: Tensor) -> None:
+        """As `update`, of an initialised layer and without joining values that are empty."""
+        self.keys = torch.cat([cast(Tensor, self.keys), state_B1SC], -2)
+        self.values = self.keys[..., :0]
 
 
 class StaticStates(StaticLayer):
@@ -75,4 +80,7 @@ def _made(layers: list[Any]) -> States:
 def remember(layer: States, state_BSC: Tensor) -> None:
     """Keep the state after each new token."""
     state_B1SC = state_BSC.detach()[:, None]
-    layer.update(state_B1SC, state_B1SC[..., :0])
+    if isinstance(layer, DynamicStates) and layer.last() is not None:
+        layer.grow(state_B1SC)
+    else:
+        layer.update(state_B1SC, state_B1SC[..., :0])

@@ -65,13 +65,16 @@ def collect(
     tokens of its expert count: a gate that looks back has to see text that changes, and other
     domains matter as context only. `tokens` is how many a label has in the sums at most, `sample`
     how many in the sample, both evenly spread over its text (a context changes slowly, so that
-    neighbours tell little more than one of them). The order of the domains and the batch size change nothing but float
+    neighbours tell little more than one of them); more windows than hold `tokens` are not read. The order of the domains and the batch size change nothing but float
     rounding. Raises InputError for a domain without an own expert or text, stitching without a
     second expert, and NaN or infinite features, naming the gate and the domain.
     """
     check_domains(data, own_expert, gates)
     counted = _counted(data, only)
-    texts = {domain: _texts(data, own_expert, domain, stitch, shortest, seed) for domain in counted}
+    texts = {
+        domain: _texts(data, own_expert, domain, tokens, stitch, shortest, seed)
+        for domain in counted
+    }
     labels = {own_expert[domain]: _Label(own_expert[domain], tokens, sample) for domain in counted}
     for domain, parts in texts.items():
         label = labels[own_expert[domain]]
@@ -88,9 +91,18 @@ def collect(
     ]
 
 
-def stitched_windows(windows: Windows, stitch: float) -> int:
+def enough(windows: Windows, tokens: int | None) -> Windows:
+    """The windows of a domain that `collect` reads: as few as hold `tokens`, evenly spread."""
+    held = int(windows.mask_WC.sum())
+    if tokens is None or held <= tokens:
+        return windows
+    chosen = math.ceil(tokens * len(windows) / held)
+    return windows.select(_spread(0, len(windows), chosen, len(windows)))
+
+
+def stitched_windows(windows: Windows, tokens: int | None, stitch: float) -> int:
     """How many stitched windows `collect` reads beside a domain's own."""
-    return math.ceil(stitch * len(windows))
+    return math.ceil(stitch * len(enough(windows, tokens)))
 
 
 def merge(
@@ -148,12 +160,13 @@ def _texts(
     data: Mapping[str, Windows],
     own_expert: Mapping[str, int],
     domain: str,
+    tokens: int | None,
     stitch: float,
     shortest: int,
     seed: int,
 ) -> list[LabelledText]:
-    pure = of_domain(data[domain], own_expert[domain])
-    count = stitched_windows(data[domain], stitch)
+    pure = of_domain(enough(data[domain], tokens), own_expert[domain])
+    count = stitched_windows(data[domain], tokens, stitch)
     if count == 0:
         return [pure]
     return [pure, stitched(data, own_expert, count, seed, shortest, around=domain)]

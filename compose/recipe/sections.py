@@ -117,8 +117,10 @@ class Expert(Part):
 class Route(Part):
     """How the gates are learned: a closed-form start, then `train_steps` of gate-only training."""
 
-    init: Literal["ridge", "logistic", "centroid", "arrow", "prompts", "random", "zeros"] = "ridge"
-    """ridge, logistic, centroid; arrow (no text); controls prompts, random, zeros (no preference)"""
+    init: Literal["ridge", "logistic", "centroid", "arrow", "prompts", "random", "zeros"] = (
+        "logistic"
+    )
+    """logistic, ridge, centroid; arrow (no text); controls prompts, random, zeros (no preference)"""
     penalty: float = Field(default=FitSettings().penalty, gt=0)
     """strength of ridge's and logistic's penalty"""
     stitch: float = Field(default=FitSettings().stitch, ge=0)

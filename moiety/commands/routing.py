@@ -31,8 +31,8 @@ def route(
     model: Annotated[Path, typer.Argument(help="Folder of a composite.")],
     data: Data,
     init: Annotated[
-        str, typer.Option(help="ridge, logistic, centroid, arrow, prompts, random or zeros.")
-    ] = "ridge",
+        str, typer.Option(help="logistic, ridge, centroid, arrow, prompts, random or zeros.")
+    ] = "logistic",
     stitch: Annotated[
         float, typer.Option(help="Windows that switch domain, for each of a domain's own.", min=0)
     ] = 0.5,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import routers as bench
+from benchmarks import routing_models
 from benchmarks.routing_measures import Reading, held, routing_figures, shares_after
 from benchmarks.routing_models import Workshop
 from benchmarks.routing_rows import all_rows
@@ -16,7 +17,7 @@ from benchmarks.routing_texts import character_tables, switches
 from moiety.compose.recipe import Recipe
 from moiety.errors import InputError
 from moiety.files import read_json
-from moiety.routers import find_gates
+from moiety.routers import collect, find_gates
 from moiety.text import read_documents, token_windows
 from tests.conftest import CONTEXT, World
 
@@ -74,6 +75,43 @@ def test_figures_of_controls(measured: Any) -> None:
 def test_tables_show_every_row(measured: Any) -> None:
     shown = bench.tables(measured[1])
     assert [table.row_count for table in shown] == [4, 0, 0]
+
+
+def test_times_are_left_out_and_measured_later(world: World, tmp_path: Path) -> None:
+    given = arguments(world, tmp_path, "^routed: ridge, k=1$")
+    given.timing = "skip"
+    [first] = bench.measure(given)["rows"]
+    assert first["fit_seconds"] is first["decode_overhead"] is first["decode_milliseconds"] is None
+    given.timing = "only"
+    [second] = bench.measure(given)["rows"]
+    assert second["fit_seconds"] > 0 and math.isfinite(second["decode_overhead"])
+    times = ("fit_seconds", "decode_overhead", "decode_milliseconds")
+    assert second == {**first, **{name: second[name] for name in times}}
+
+
+def test_routers_that_see_the_same_read_the_text_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune = {"method": "magnitude", "refit_steps": 0}
+    recipe = Recipe.model_validate(world.recipe(calibration_windows=8, prune=prune))
+    shop, passes = Workshop(recipe, tmp_path), []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        passes.append(args)
+        return collect(*args, **kwargs)
+
+    monkeypatch.setattr(routing_models, "collect", counted)
+    made = [
+        shop.make("routed", 1, {"context": context}, {"init": init})
+        for context, init in (([], "ridge"), ([], "logistic"), ([4], "ridge"))
+    ]
+    assert len(passes) == 2
+    alone = Workshop(recipe, tmp_path, sharing=False).make("routed", 1, {"context": []}, {})
+    for one, other in zip(
+        find_gates(made[0].composite.model), find_gates(alone.composite.model), strict=True
+    ):
+        weight_EW = one.module.get_parameter("weight")
+        torch.testing.assert_close(weight_EW, other.module.get_parameter("weight"))
 
 
 def test_other_settings_are_refused(world: World, measured: Any) -> None:

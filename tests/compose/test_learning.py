@@ -173,10 +173,13 @@ def test_text_that_cannot_teach_is_refused_and_changes_nothing(
     before = (copy / "model.safetensors").read_bytes()
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "one two three four five six seven eight nine ten"}\n')
+    tiny = tmp_path / "tiny.jsonl"
+    tiny.write_text('{"text": "1"}\n')
     for data, message in (
         (texts(world, ["letters"]), "at least two experts"),
         (texts(world, ["letters", "colours"]), "domains named like the experts"),
         (texts(world) | {"numbers": str(short)}, "at least 128 tokens an expert"),
+        (texts(world) | {"numbers": str(tiny)}, "text of 'numbers': .* at least 8 tokens"),
     ):
         with pytest.raises(InputError, match=message):
             route(copy, data, Route(train_steps=0), **TEXT)

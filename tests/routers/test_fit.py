@@ -216,7 +216,7 @@ def test_stitched_text_lets_a_context_gate_go_after_a_switch(toys: ModuleType) -
     )
     for stitch in (0.0, 1.0):
         model = _ours(toys, context=("mean",))
-        settings = FitSettings(stitch=stitch, shortest=4, batch_size=1)
+        settings = FitSettings(method="ridge", stitch=stitch, shortest=4, batch_size=1)
         fit(model, data, toys.OWN, settings)
         routes: list[Route] = []
         with torch.no_grad(), watched(find_gates(model), routes.append):

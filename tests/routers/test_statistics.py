@@ -1,5 +1,6 @@
 """Statistics of gates: whose tokens count, on which routes, of which features; kept on disk."""
 
+import itertools
 import math
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ from moiety.routers import (
     watched,
 )
 from moiety.routers.labelled import of_domain, stitched
+from moiety.routers.statistics import enough, stitched_windows
 from moiety.routers.statistics_file import load_statistics, save_statistics
 
 
@@ -138,6 +140,22 @@ def _close(one: GateStatistics, other: GateStatistics) -> None:
     order, other_order = one.label_N.argsort(stable=True), other.label_N.argsort(stable=True)
     assert torch.equal(one.label_N[order], other.label_N[other_order])
     torch.testing.assert_close(one.sample_NW[order], other.sample_NW[other_order])
+
+
+def test_no_more_windows_are_read_than_hold_the_tokens(toys: ModuleType) -> None:
+    data, model = toys.domains(24), toys.mixtral(layers=1)
+    law = data["law"]
+    some = enough(law, 100)
+    places = some.document_W.tolist()
+    assert 100 * 24 // int(law.mask_WC.sum()) <= len(some) < 24
+    assert max(b - a for a, b in itertools.pairwise(places)) <= 24 // len(some) + 1
+    assert enough(law, None) is law and enough(law, 10**6) is law
+    read: list[Tensor] = []
+    with watched(find_gates(model), lambda route: read.append(route.hidden_TD)):
+        [one] = collect(model, find_gates(model), data, toys.OWN, only=["law"], tokens=100)
+    windows = stitched_windows(law, 100, 0.5) + len(some)
+    assert sum(map(len, read)) == windows * 12
+    assert one.count_E[toys.OWN["law"]] == 100
 
 
 def test_domains_collected_one_by_one_are_those_collected_at_once(toys: ModuleType) -> None:
