@@ -113,6 +113,12 @@ def quantised_peers(rows: int, columns: int) -> Iterator[tuple[str, Run, torch.d
     yield "torch_int4", int4, torch.bfloat16
 
 
+def reading(size: int) -> tuple[str, Run, torch.dtype]:
+    """How long torch takes to add up as many bytes: no product can be faster than its reading."""
+    numbers = torch.ones(size // 4)
+    return "read", Turns(lambda _, weight: weight.sum(), numbers, size), torch.float32
+
+
 def linear_rows(
     shapes: Sequence[tuple[int, int]],
     tokens: Sequence[int],
@@ -132,14 +138,19 @@ def _rows_of(
         stored = {kind: tiles(weights) for kind, weights in stored.items()}
     ours = {kind: Turns(kernels.sparse_linear, made, nbytes(made)) for kind, made in stored.items()}
     quantised = list(quantised_peers(rows, columns))
+    size = nbytes(stored["bf16"])
+    rest = [*quantised, reading(size)]
     for count in tokens:
         others = tables.Others()
         dense = list(dense_peers(weight, count))
-        seconds = _timed(ours, [*dense, *quantised], torch.randn(count, columns), budget)
+        seconds = _timed(ours, [*dense, *rest], torch.randn(count, columns), budget)
         seconds["linear_best"] = min(seconds["linear_bf16"], seconds["linear_fp32"])
         seconds["torch_best"] = min(seconds[name] for name, *_ in dense)
         for kind in KINDS:
             row = _row(f"{rows} x {columns}", count, kind, seconds, pattern)
+            if kind == "bf16":
+                speeds = (size / seconds[name] / 1e9 for name in (kind, "read"))
+                row["gigabytes_per_second"] = dict(zip(("own", "read"), speeds, strict=True))
             yield row | {"others": others.share()}
 
 

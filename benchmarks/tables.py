@@ -89,13 +89,15 @@ def show(rows: Rows, title: str, where: str | None = None) -> None:
         table = Table(
             title=f"{title}: their seconds / ours ({where or device()})", title_justify="left"
         )
-        for name in ("case", "tokens", "values", *peers, "at least", "our ms"):
+        for name in ("case", "tokens", "values", *peers, "at least", "our ms", "GB/s of"):
             table.add_column(name, justify="left" if name == "case" else "right")
         for row in members:
             cells = [f"{row['ratio'][peer]:.2f}" for peer in peers]
             milliseconds = f"{row['seconds'] * 1e3:.2f}"
             start = (row["case"], str(row["tokens"]), row["values"])
-            table.add_row(*start, *cells, verdict(row), milliseconds)
+            speed = row.get("gigabytes_per_second")
+            share = f"{speed['own']:.1f} of {speed['read']:.1f}" if speed else ""
+            table.add_row(*start, *cells, verdict(row), milliseconds, share)
         console.print(table)
 
 

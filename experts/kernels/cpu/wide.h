@@ -110,7 +110,7 @@ static inline Vec values_from(const uint8_t *values, int64_t at) {
 
 // Puts the first values where bits are set, zeros elsewhere.
 static inline Vec place(Vec values, unsigned bits) {
-  return (Vec)_mm512_maskz_expand_ps((__mmask16)bits, (__m512)values);
+  return (Vec)_mm512_maskz_expand_ps((uint16_t)bits, (__m512)values);
 }
 
 static inline float sum_piece(Vec v) {
