@@ -1,31 +1,72 @@
 """`python -m benchmarks [--quick] [--json FOLDER]`: the sparse kernels against their peers.
 
-One matrix, a routed block, and a whole model; the tables say which targets are met. Pruning's
-benchmarks run on their own: `python -m benchmarks.pruning`, `python -m benchmarks.prune_memory`.
+One matrix (2:4, for prompts of many tokens, and of other patterns), a routed block, and a whole
+model; the tables say which targets are met, the end counts them. On a CPU with AMX everything is
+also measured without it, as on one with AVX-512 only. `--show FOLDER` judges what was measured
+before. Pruning's benchmarks run on their own: `python -m benchmarks.pruning`,
+`python -m benchmarks.prune_memory`.
 """
 
 import argparse
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-SCRIPTS = ("linear", "moe_block", "decode")
+from benchmarks import tables
+from moiety.experts.kernels.library import Isa, library
+
+SCRIPTS: dict[str, tuple[str, ...]] = {
+    "linear": ("linear",),
+    "linear-many": ("linear", "--tokens", "512,2048,8192", "--shapes", "4096x1024", "1024x4096"),
+    "linear-4of8": ("linear", "--pattern", "4:8", "--shapes", "4096x4096"),
+    "linear-half": ("linear", "--pattern", "0.5", "--shapes", "4096x4096"),
+    "moe_block": ("moe_block",),
+    "decode": ("decode",),
+}
+QUICK = ("linear", "linear-4of8", "moe_block", "decode")
+WITHOUT_AMX = ("--isa", "avx512", "--onednn-isa", "AVX512_CORE_BF16")
+
+
+def settings() -> dict[str, tuple[str, ...]]:
+    """What to measure with, by the end of its files' names."""
+    found = library()
+    if found is None or found.best != Isa.AMX:
+        return {"": ()}
+    return {"-amx": (), "-avx512": WITHOUT_AMX}
+
+
+def measure(folder: Path, quick: bool) -> list[Path]:
+    """Each script in a process of its own, so that none inherits another's memory."""
+    paths = []
+    for ending, options in settings().items():
+        for name, (script, *rest) in SCRIPTS.items():
+            if quick and name not in QUICK:
+                continue
+            paths.append(folder / f"{name}{ending}.json")
+            command = [sys.executable, "-m", f"benchmarks.{script}", *options]
+            command += ["--quick", *rest[:2]] if quick else rest
+            subprocess.run([*command, "--json", str(paths[-1])], check=True)
+    return paths
 
 
 def main() -> None:
-    """Each script in a process of its own, so that none inherits another's memory."""
+    """Measure and judge, or only judge."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("--json", type=Path, help="also write each script's rows to this folder")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that all runs")
+    parser.add_argument("--show", type=Path, help="the tables of a folder's JSON; measure nothing")
     arguments = parser.parse_args()
-    for script in SCRIPTS:
-        command = [sys.executable, "-m", f"benchmarks.{script}"]
-        if arguments.quick:
-            command.append("--quick")
-        if arguments.json:
-            arguments.json.mkdir(parents=True, exist_ok=True)
-            command += ["--json", str(arguments.json / f"{script}.json")]
-        subprocess.run(command, check=True)
+    if arguments.show:
+        paths = sorted(arguments.show.glob("*.json"))
+        for path in paths:
+            tables.show_file(path)
+        tables.summary(paths)
+        return
+    with tempfile.TemporaryDirectory(prefix="moiety-bench-") as name:
+        folder = arguments.json or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        tables.summary(measure(folder, arguments.quick))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 A Mixtral of 1.5 billion random parameters as transformers holds it (bf16, as mergekit-moe would
 write it, and the same in fp32) against the same weights 2:4 through moiety: experts only, and
 experts and attention. Prefill of 512 tokens in all and decode of 64 steps, batch 1 and 8, timed in
-turns in one process; load time and peak memory each in a process of its own.
+turns in one process; load time and peak memory each in a process of its own. `--models FOLDER` keeps
+the models for later runs, which may then measure a part each: `--only`, `--batches`, `--variants`.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from moiety.experts import kernels
 from moiety.experts.architecture import Architecture
 from moiety.experts.quantizer import PackedConfig
 from moiety.experts.shards import write_weights
+from moiety.files import read_json, write_json
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 32000,
@@ -72,7 +74,7 @@ def write_models(folder: Path, config: MixtralConfig) -> int:
     packed = {"dense": [], "experts": experts, "all": [*experts, *attention]}
     parameters = 0
     for name, modules in packed.items():
-        (folder / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
         torch.manual_seed(0)
         written = write_weights(folder / name, _tensors(config, [*experts, *attention], modules))
         parameters = parameters or written // 2
@@ -151,24 +153,28 @@ def child(folder: Path, variant: str) -> None:
     )
 
 
-def memory_of(folder: Path) -> dict[str, dict[str, float]]:
+def memory_of(folder: Path, variants: Sequence[str]) -> dict[str, dict[str, float]]:
     """Load time and memory of every variant, each in a process of its own."""
     found = {}
-    for variant in VARIANTS:
+    for variant in variants:
         command = [sys.executable, "-m", "benchmarks.decode", "--child", str(folder), variant]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found[variant] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def speed_rows(folder: Path, prefill: int, decode: int, rounds: int) -> list[dict[str, Any]]:
+def speed_rows(
+    folder: Path, lengths: tuple[int, int], arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Prefill and decode of every variant in turns."""
-    models = {variant: opened(folder, variant) for variant in VARIANTS}
+    prefill, decode = lengths
+    models = {variant: opened(folder, variant) for variant in arguments.variants}
     rows = []
-    for batch in BATCHES:
+    for batch in arguments.batches:
+        others = tables.Others()
         ids = torch.randint(SHAPE["vocab_size"] // 100, (batch, prefill // batch))
         seconds: dict[str, list[tuple[float, float]]] = {variant: [] for variant in models}
-        for turn in range(rounds):
+        for turn in range(arguments.rounds):
             for variant, model in models.items():
                 seconds[variant].append(timed(model, ids, decode if turn else 2))
         for phase, place, tokens in (("prefill", 0, prefill // batch), ("decode", 1, decode)):
@@ -176,12 +182,14 @@ def speed_rows(folder: Path, prefill: int, decode: int, rounds: int) -> list[dic
                 variant: statistics.median(pair[place] for pair in pairs[1:])
                 for variant, pairs in seconds.items()
             }
-            rows += _rows(phase, batch, tokens, later)
+            found = _rows(phase, batch, tokens, later)
+            rows += [row | {"others": others.share()} for row in found]
     return rows
 
 
 def _rows(phase: str, batch: int, tokens: int, seconds: dict[str, float]) -> list[dict[str, Any]]:
-    best = min(seconds[peer] for peer in PEERS)
+    peers = [peer for peer in PEERS if peer in seconds]
+    best = min(seconds[peer] for peer in peers)
     least = TARGETS.get(tables.machine(), {}).get(batch) if phase == "decode" else None
     return [
         {
@@ -191,7 +199,7 @@ def _rows(phase: str, batch: int, tokens: int, seconds: dict[str, float]) -> lis
             "seconds": own,
             "tokens_per_second": batch * tokens / own,
             "ratio": {
-                **{peer: seconds[peer] / own for peer in PEERS},
+                **{peer: seconds[peer] / own for peer in peers},
                 "transformers_best": best / own,
             },
             "target": {"transformers_bf16": least} if least and variant not in PEERS else {},
@@ -200,45 +208,74 @@ def _rows(phase: str, batch: int, tokens: int, seconds: dict[str, float]) -> lis
     ]
 
 
-def show(rows: list[dict[str, Any]], memory: dict[str, dict[str, float]], title: str) -> None:
-    """Speed with tokens a second, then load time and memory."""
-    tables.show(rows, title)
+def show_memory(rows: list[dict[str, Any]]) -> None:
+    """Load time and memory."""
     table = Table(title="in a process of its own", title_justify="left")
     for name in ("variant", "load s", "resident GB", "peak GB"):
         table.add_column(name, justify="left" if name == "variant" else "right")
-    for variant, figures in memory.items():
-        sizes = (f"{figures[f'{name}_bytes'] / 1e9:.2f}" for name in ("resident", "peak"))
-        table.add_row(variant, f"{figures['load_seconds']:.1f}", *sizes)
+    for row in rows:
+        sizes = (f"{row['memory'][f'{name}_bytes'] / 1e9:.2f}" for name in ("resident", "peak"))
+        table.add_row(row["case"].removeprefix("load: "), f"{row['seconds']:.1f}", *sizes)
     Console(width=130).print(table)
 
 
-def run(quick: bool, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
-    """Write the models, measure memory, then speed."""
-    config = MixtralConfig(**SHAPE | (QUICK if quick else {}))
-    with tempfile.TemporaryDirectory(prefix="moiety-decode-") as name:
-        folder = Path(name)
-        parameters = write_models(folder, config)
-        memory = memory_of(folder)
-        lengths = (64, 8) if quick else (PREFILL, DECODE)
-        rows = speed_rows(folder, *lengths, rounds)
-    for row in rows:
-        row["memory"] = memory[row["case"].split(": ", 1)[1]]
-    return rows, memory, f"Mixtral of {parameters / 1e9:.2f} billion parameters"
+def memory_rows(folder: Path, variants: Sequence[str]) -> list[dict[str, Any]]:
+    """Load time and memory as rows; the ratio is of load times."""
+    found = memory_of(folder, variants)
+    seconds = {variant: figures["load_seconds"] for variant, figures in found.items()}
+    return [
+        {
+            "case": f"load: {variant}",
+            "tokens": 0,
+            "values": "bf16",
+            "seconds": own,
+            "ratio": {peer: seconds[peer] / own for peer in PEERS if peer in seconds},
+            "memory": found[variant],
+        }
+        for variant, own in seconds.items()
+    ]
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Write the models unless they are there, then measure and show what was asked for."""
+    config = MixtralConfig(**SHAPE | (QUICK if arguments.quick else {}))
+    written = folder / "parameters.json"
+    if not written.is_file():
+        write_json(written, write_models(folder, config))
+    title = f"Mixtral of {read_json(written) / 1e9:.2f} billion parameters"
+    rows: list[dict[str, Any]] = []
+    if arguments.only != "speed":
+        rows = memory_rows(folder, arguments.variants)
+        show_memory(rows)
+    if arguments.only != "memory":
+        lengths = (64, 8) if arguments.quick else (PREFILL, DECODE)
+        found = speed_rows(folder, lengths, arguments)
+        tables.show(found, title)
+        rows += found
+    return rows
 
 
 def main() -> None:
     """Run all, print the tables, write the JSON if asked."""
     parser = tables.parser("decode", __doc__)
     parser.add_argument("--rounds", type=int, default=3, help="the first one warms up")
+    parser.add_argument("--models", type=Path, help="keep the models in this folder")
+    parser.add_argument("--only", choices=("memory", "speed"), help="measure just this")
+    parser.add_argument("--batches", type=tables.numbers, default=BATCHES, help="as 1,8")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = tables.applied(parser.parse_args())
     logging.disable_progress_bar()
     if arguments.child:
         child(Path(arguments.child[0]), arguments.child[1])
         return
-    rows, memory, title = run(arguments.quick, arguments.rounds)
-    show(rows, memory, title)
-    tables.write(rows, arguments.json)
+    if not set(PEERS) & set(arguments.variants):
+        parser.error(f"--variants needs one of {', '.join(PEERS)} to compare with")
+    with tempfile.TemporaryDirectory(prefix="moiety-decode-") as name:
+        folder = arguments.models or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = run(arguments, folder)
+    tables.write(rows, arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.linear [--shapes 4096x1024 ...] [--tokens 1,8]`: one 2:4 matrix against dense ones.
+"""`python -m benchmarks.linear [--shapes 4096x1024 ...] [--tokens 1,8] [--pattern 4:8]`: one matrix.
 
-Peers hold the same matrix dense: `F.linear` in bf16 and fp32, the best dense path inside torch
+A sparse matrix, 2:4 unless told otherwise, against dense ones. Peers hold the same matrix dense: `F.linear` in bf16 and fp32, the best dense path inside torch
 (those two, bf16 without oneDNN, and both with weights packed by oneDNN beforehand), and torch's
 own int8 and int4 weight-only products. Weights rotate through more memory than the caches hold.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import tables
-from benchmarks.matrices import nbytes, random_weights, tiles
+from benchmarks.matrices import PATTERNS, nbytes, random_weights, tiles
 from benchmarks.timing import interleaved
 from moiety.experts import kernels
 from moiety.experts.kernels import Weights
@@ -23,7 +23,7 @@ QUICK_SHAPES = ((512, 256),)
 TOKENS = (1, 2, 4, 8, 16, 64, 256)
 KINDS = ("bf16", "int8", "int4", "fp32")
 COLD_BYTES = 128 << 20
-BUDGET = 4.0
+SECONDS = 4.0
 # Tokens -> at least, for bf16 values; `linear_best` is the better of both `F.linear`.
 TARGETS = {
     "avx512_bf16": {
@@ -32,6 +32,9 @@ TARGETS = {
     },
     "avx2": {"linear_best": {1: 1.7, 8: 3.0, 64: 1.3, 256: 1.15}},
 }
+# Of more tokens than those, and of other patterns at any number: never slower than dense.
+MANY = {"torch_best": 1.0}
+OTHER_PATTERNS = {"linear_best": 1.0}
 
 Run = Callable[[Tensor], Tensor]
 
@@ -51,9 +54,14 @@ class Turns:
 
 
 def _copy(weight: Any) -> Any:
+    if weight is None:
+        return None
     if isinstance(weight, Weights):
         # Tiled again, as a model's are when it is opened.
-        return tiles(kernels.untiled(weight))
+        if weight.is_tiled:
+            return tiles(kernels.untiled(weight))
+        copies = {name: _copy(getattr(weight, name)) for name in Weights._fields[:4]}
+        return weight._replace(**copies)
     if isinstance(weight, tuple):
         return tuple(_copy(part) for part in weight)
     return weight.to_dense().to_mkldnn() if weight.is_mkldnn else weight.clone()
@@ -105,29 +113,48 @@ def quantised_peers(rows: int, columns: int) -> Iterator[tuple[str, Run, torch.d
     yield "torch_int4", int4, torch.bfloat16
 
 
-def linear_rows(shapes: Sequence[tuple[int, int]], tokens: Sequence[int]) -> list[dict[str, Any]]:
+def reading(size: int) -> tuple[str, Run, torch.dtype]:
+    """How long torch takes to add up as many bytes: no product can be faster than its reading."""
+    numbers = torch.ones(size // 4)
+    return "read", Turns(lambda _, weight: weight.sum(), numbers, size), torch.float32
+
+
+def linear_rows(
+    shapes: Sequence[tuple[int, int]],
+    tokens: Sequence[int],
+    pattern: str = "2:4",
+    budget: float = SECONDS,
+) -> list[dict[str, Any]]:
     """Every shape, number of tokens and kind of values."""
-    return [row for shape in shapes for row in _rows_of(*shape, tokens)]
+    return [row for shape in shapes for row in _rows_of(*shape, tokens, pattern, budget)]
 
 
-def _rows_of(rows: int, columns: int, tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
-    stored = {kind: random_weights(1, rows, columns, kind) for kind in KINDS}
+def _rows_of(
+    rows: int, columns: int, tokens: Sequence[int], pattern: str, budget: float
+) -> Iterator[dict[str, Any]]:
+    stored = {kind: random_weights(1, rows, columns, kind, pattern) for kind in KINDS}
     weight = kernels.dense(stored["bf16"], 0, torch.float32)
-    ours = {
-        kind: Turns(kernels.sparse_linear, made, nbytes(made))
-        for kind, made in ((kind, tiles(weights)) for kind, weights in stored.items())
-    }
+    if pattern == "2:4":
+        stored = {kind: tiles(weights) for kind, weights in stored.items()}
+    ours = {kind: Turns(kernels.sparse_linear, made, nbytes(made)) for kind, made in stored.items()}
     quantised = list(quantised_peers(rows, columns))
+    size = nbytes(stored["bf16"])
+    rest = [*quantised, reading(size)]
     for count in tokens:
+        others = tables.Others()
         dense = list(dense_peers(weight, count))
-        seconds = _timed(ours, [*dense, *quantised], torch.randn(count, columns))
+        seconds = _timed(ours, [*dense, *rest], torch.randn(count, columns), budget)
         seconds["linear_best"] = min(seconds["linear_bf16"], seconds["linear_fp32"])
         seconds["torch_best"] = min(seconds[name] for name, *_ in dense)
         for kind in KINDS:
-            yield _row(f"{rows} x {columns}", count, kind, seconds)
+            row = _row(f"{rows} x {columns}", count, kind, seconds, pattern)
+            if kind == "bf16":
+                speeds = (size / seconds[name] / 1e9 for name in (kind, "read"))
+                row["gigabytes_per_second"] = dict(zip(("own", "read"), speeds, strict=True))
+            yield row | {"others": others.share()}
 
 
-def _timed(ours: dict[str, Turns], peers: Any, input: Tensor) -> dict[str, float]:
+def _timed(ours: dict[str, Turns], peers: Any, input: Tensor, budget: float) -> dict[str, float]:
     halves = {torch.float32: input, torch.bfloat16: input.bfloat16()}
     fastest = tables.machine() == "avx512_bf16"
     contenders: dict[str, Callable[[], object]] = {}
@@ -136,16 +163,25 @@ def _timed(ours: dict[str, Turns], peers: Any, input: Tensor) -> dict[str, float
         contenders[kind] = lambda r=run, d=dtype: r(halves[d])
     for name, run, dtype in peers:
         contenders[name] = lambda r=run, d=dtype: r(halves[d])
-    return interleaved(contenders, rounds=21, warm_up=2, budget=BUDGET)
+    return interleaved(contenders, rounds=21, warm_up=2, budget=budget)
 
 
 PEERS = ("linear_bf16", "linear_fp32", "linear_best", "torch_best", "torch_int8", "torch_int4")
 
 
-def _row(case: str, tokens: int, kind: str, seconds: dict[str, float]) -> dict[str, Any]:
+def _row(
+    case: str, tokens: int, kind: str, seconds: dict[str, float], pattern: str
+) -> dict[str, Any]:
     shown = {name: seconds[name] for name in (kind, *PEERS)}
-    targets = TARGETS.get(tables.machine(), {}) if kind == "bf16" else {}
-    return tables.row(case, tokens, kind, shown, targets)
+    targets: dict[str, dict[int, float]] = {}
+    if pattern != "2:4":
+        case = f"{case}, {pattern}"
+        targets = {peer: {tokens: least} for peer, least in OTHER_PATTERNS.items()}
+    elif tokens > max(TOKENS):
+        targets = {peer: {tokens: least} for peer, least in MANY.items()}
+    else:
+        targets = TARGETS.get(tables.machine(), {})
+    return tables.row(case, tokens, kind, shown, targets if kind == "bf16" else {})
 
 
 def main() -> None:
@@ -153,13 +189,15 @@ def main() -> None:
     parser = tables.parser("linear", __doc__)
     parser.add_argument("--shapes", nargs="+", type=tables.numbers, help="as 4096x1024")
     parser.add_argument("--tokens", type=tables.numbers, default=TOKENS, help="as 1,8,64")
+    parser.add_argument("--budget", type=float, default=SECONDS, help="seconds a number of tokens")
+    parser.add_argument("--pattern", choices=PATTERNS, default="2:4", help="which columns are kept")
     arguments = tables.applied(parser.parse_args())
     torch.manual_seed(0)
     shapes = arguments.shapes or (QUICK_SHAPES if arguments.quick else SHAPES)
     with torch.inference_mode():
-        rows = linear_rows(shapes, arguments.tokens)
-    tables.show(rows, "one matrix, 2:4")
-    tables.write(rows, arguments.json)
+        rows = linear_rows(shapes, arguments.tokens, arguments.pattern, arguments.budget)
+    tables.show(rows, f"one matrix, {arguments.pattern}")
+    tables.write(rows, arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Random 2:4 matrices of real sizes, packed at once: no pruning, no dense detour.
+"""Random sparse matrices of real sizes, packed at once: no pruning, no dense detour.
 
 E matrices of a stack, O/I out/in features, K kept values a row, B mask bytes a row.
 """
@@ -16,27 +16,45 @@ from moiety.experts.packing import LARGEST_CODE
 NIBBLES = [1 << a | 1 << b for a, b in itertools.combinations(range(4), 2)]
 
 
-def random_mask(stack: int, rows: int, columns: int, device: str = "cpu") -> Tensor:
-    """Masks (E, O, B) that keep two random columns of every four."""
+FOUR_OF_EIGHT = [sum(1 << bit for bit in kept) for kept in itertools.combinations(range(8), 4)]
+PATTERNS = ("2:4", "4:8", "0.5")
+
+
+def random_mask(
+    stack: int, rows: int, columns: int, device: str = "cpu", pattern: str = "2:4"
+) -> Tensor:
+    """Masks (E, O, B) that keep random columns: 2 of every 4, 4 of every 8, or half of a matrix."""
+    shape = (stack, rows, columns // 8)
+    if pattern == "0.5":
+        return torch.randint(256, shape, dtype=torch.uint8, device=device)
+    if pattern == "4:8":
+        masks = torch.tensor(FOUR_OF_EIGHT, dtype=torch.uint8, device=device)
+        return masks[torch.randint(len(FOUR_OF_EIGHT), shape, device=device)]
     nibbles = torch.tensor(NIBBLES, dtype=torch.uint8, device=device)
-    halves = nibbles[torch.randint(6, (2, stack, rows, columns // 8), device=device)]
+    halves = nibbles[torch.randint(6, (2, *shape), device=device)]
     return halves[0] | halves[1] << 4
 
 
-def random_weights(stack: int, rows: int, columns: int, kind: str) -> Weights:
-    """A stack of random 2:4 matrices of about unit gain, columns a multiple of 8."""
-    mask, kept, scale = random_mask(stack, rows, columns), columns // 2, None
+def random_weights(stack: int, rows: int, columns: int, kind: str, pattern: str = "2:4") -> Weights:
+    """A stack of random sparse matrices of about unit gain, columns a multiple of 8.
+
+    With the pattern 0.5, whose number of kept values is random, a stack of one.
+    """
+    mask, kept, scale = random_mask(stack, rows, columns, pattern=pattern), columns // 2, None
+    shape = (stack, rows, kept)
+    if pattern == "0.5":
+        shape = (1, int(reference.unpack_bits(mask, columns).sum()))
     if kind in LARGEST_CODE:
         limit = LARGEST_CODE[kind]
-        values = torch.randint(-limit, limit + 1, (stack, rows, kept), dtype=torch.int8)
+        values = torch.randint(-limit, limit + 1, shape, dtype=torch.int8)
         if kind == "int4":
             values = reference.pack_codes(values)
         groups = -(-columns // 128)
         scale = torch.full((stack, rows, groups), 2 / limit / kept**0.5, dtype=torch.bfloat16)
     else:
         dtype = DTYPES[kind]
-        values = torch.randn(stack, rows, kept).mul_(kept**-0.5).to(dtype)
-    return kernels.packed(values, mask, columns, scale)
+        values = torch.randn(shape).mul_(kept**-0.5).to(dtype)
+    return kernels.with_starts(kernels.packed(values, mask, columns, scale))
 
 
 def tiles(weights: Weights) -> Weights:

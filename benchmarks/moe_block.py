@@ -25,7 +25,7 @@ TOKENS = (1, 8, 64, 256)
 EXPERTS, ACTIVE = 8, 2
 KINDS = ("bf16", "int8", "int4")
 BATCHED_TOKENS = 8
-BUDGET = 8.0
+SECONDS = 8.0
 TARGETS = {
     "avx512_bf16": {
         "bf16": {1: 3.3, 8: 3.2, 64: 2.3, 256: 1.6},
@@ -66,12 +66,16 @@ def _peers(gate_up: Weights, down: Weights) -> dict[str, tuple[MixtralExperts, t
     return found
 
 
-def block_rows(sizes: Sequence[tuple[int, int]], tokens: Sequence[int]) -> list[dict[str, Any]]:
+def block_rows(
+    sizes: Sequence[tuple[int, int]], tokens: Sequence[int], budget: float = SECONDS
+) -> list[dict[str, Any]]:
     """Every size, number of tokens and kind of values."""
-    return [row for size in sizes for row in _rows_of(*size, tokens)]
+    return [row for size in sizes for row in _rows_of(*size, tokens, budget)]
 
 
-def _rows_of(width: int, expert_width: int, tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
+def _rows_of(
+    width: int, expert_width: int, tokens: Sequence[int], budget: float
+) -> Iterator[dict[str, Any]]:
     stored = {
         kind: (
             random_weights(EXPERTS, 2 * expert_width, width, kind),
@@ -83,13 +87,15 @@ def _rows_of(width: int, expert_width: int, tokens: Sequence[int]) -> Iterator[d
     ours = {kind: _tiled(*stacks) for kind, stacks in stored.items()}
     case = f"E={EXPERTS} top-{ACTIVE} {width}/{expert_width}"
     for count in tokens:
+        others = tables.Others()
         hidden = torch.randn(count, width)
         weights, experts = torch.rand(count, EXPERTS).softmax(-1).topk(ACTIVE)
         contenders = _contenders(ours, peers, hidden, experts, weights)
         _check(contenders)
-        seconds = interleaved(contenders, rounds=15, warm_up=2, budget=BUDGET)
+        seconds = interleaved(contenders, rounds=15, warm_up=2, budget=budget)
         for kind in KINDS:
-            yield _row(case, count, kind, seconds, list(peers))
+            row = _row(case, count, kind, seconds, list(peers))
+            yield row | {"others": others.share()}
 
 
 def _contenders(
@@ -140,13 +146,14 @@ def main() -> None:
     parser = tables.parser("moe_block", __doc__)
     parser.add_argument("--sizes", nargs="+", type=tables.numbers, help="as 1024x4096")
     parser.add_argument("--tokens", type=tables.numbers, default=TOKENS, help="as 1,8,64")
+    parser.add_argument("--budget", type=float, default=SECONDS, help="seconds a number of tokens")
     arguments = tables.applied(parser.parse_args())
     torch.manual_seed(0)
     sizes = arguments.sizes or (QUICK_SIZES if arguments.quick else SIZES)
     with torch.inference_mode():
-        rows = block_rows(sizes, arguments.tokens)
+        rows = block_rows(sizes, arguments.tokens, arguments.budget)
     tables.show(rows, "routed block, 2:4")
-    tables.write(rows, arguments.json)
+    tables.write(rows, arguments)
 
 
 if __name__ == "__main__":

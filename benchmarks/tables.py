@@ -1,6 +1,7 @@
 """How results are shown, compared with their targets, and written."""
 
 import argparse
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.table import Table
 from benchmarks.timing import ratios
 from moiety.experts import kernels
 from moiety.experts.kernels.library import Isa, library
-from moiety.files import write_json
+from moiety.files import read_json, write_json
 
 Rows = Sequence[Mapping[str, Any]]
 ONEDNN_ISA = "ONEDNN_MAX_CPU_ISA"
@@ -71,7 +72,13 @@ def row(
     }
 
 
-def show(rows: Rows, title: str) -> None:
+def show_file(path: Path) -> None:
+    """The rows of a file that `write` wrote."""
+    stored = read_json(path)
+    show(stored["rows"], path.stem, stored["device"])
+
+
+def show(rows: Rows, title: str, where: str | None = None) -> None:
     """One table a group of peers: ratios first, then the target and our time."""
     console = Console()
     console.width = max(console.width, 130)
@@ -79,14 +86,18 @@ def show(rows: Rows, title: str) -> None:
     for row in rows:
         groups.setdefault(tuple(row["ratio"]), []).append(row)
     for peers, members in groups.items():
-        table = Table(title=f"{title}: their seconds / ours ({device()})", title_justify="left")
-        for name in ("case", "tokens", "values", *peers, "at least", "our ms"):
+        table = Table(
+            title=f"{title}: their seconds / ours ({where or device()})", title_justify="left"
+        )
+        for name in ("case", "tokens", "values", *peers, "at least", "our ms", "GB/s of"):
             table.add_column(name, justify="left" if name == "case" else "right")
         for row in members:
             cells = [f"{row['ratio'][peer]:.2f}" for peer in peers]
             milliseconds = f"{row['seconds'] * 1e3:.2f}"
             start = (row["case"], str(row["tokens"]), row["values"])
-            table.add_row(*start, *cells, verdict(row), milliseconds)
+            speed = row.get("gigabytes_per_second")
+            share = f"{speed['own']:.1f} of {speed['read']:.1f}" if speed else ""
+            table.add_row(*start, *cells, verdict(row), milliseconds, share)
         console.print(table)
 
 
@@ -103,6 +114,7 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """Arguments that every benchmark takes; `applied` puts the last two into force."""
     made = argparse.ArgumentParser(prog=f"benchmarks.{module}", description=description)
     made.add_argument("--json", type=Path, help="also write the rows to this file")
+    made.add_argument("--add", action="store_true", help="keep the file's other rows")
     made.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     made.add_argument("--isa", choices=[isa.name.lower() for isa in Isa], help="of our kernels")
     made.add_argument(
@@ -131,9 +143,59 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.replace("x", ",").split(","))
 
 
-def write(rows: Rows, path: Path | None) -> None:
-    """The rows as JSON, if a file was named."""
-    if path:
-        threads = torch.get_num_threads()
-        head = {"device": device(), "threads": threads, "isa": isa()}
-        write_json(path, {**head, "rows": list(rows)})
+def write(rows: Rows, arguments: argparse.Namespace) -> None:
+    """The rows as JSON, if a file was named; with `--add` in place of those it has of the same case."""
+    path: Path | None = arguments.json
+    if path is None:
+        return
+    head = {"device": device(), "threads": torch.get_num_threads(), "isa": isa()}
+    kept: list[Mapping[str, Any]] = []
+    if arguments.add and path.is_file():
+        before = read_json(path)
+        if {name: before[name] for name in head} != head:
+            raise SystemExit(f"expected rows of {head['device']} in {path}, not {before['device']}")
+        fresh = {_key(row) for row in rows}
+        kept = [row for row in before["rows"] if _key(row) not in fresh]
+    write_json(path, {**head, "rows": [*kept, *rows]})
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["case"], row["tokens"], row["values"]
+
+
+def summary(paths: Sequence[Path]) -> None:
+    """How many targets the rows of some files meet, and which they miss."""
+    console = Console(width=130)
+    for path in paths:
+        judged = [
+            (row, peer, least)
+            for row in read_json(path)["rows"]
+            for peer, least in row.get("target", {}).items()
+        ]
+        missed = [one for one in judged if one[0]["ratio"][one[1]] < one[2]]
+        console.print(f"{path.stem}: {len(judged) - len(missed)} of {len(judged)} targets met")
+        for row, peer, least in missed:
+            case = f"{row['case']}, {row['tokens']} tokens, {row['values']}"
+            ratio = row["ratio"][peer]
+            console.print(f"  missed: {case}: {ratio:.2f} against {peer}, at least {least:g}")
+
+
+class Others:
+    """How busy other processes kept this machine's CPUs since this was made."""
+
+    def __init__(self) -> None:
+        self._start = self._seconds()
+
+    def share(self) -> float:
+        """0 on an idle machine, 1 where others alone used every CPU; nan where it is not known."""
+        [all_, busy, own] = (b - a for a, b in zip(self._start, self._seconds(), strict=True))
+        return round(max(0.0, busy - own) / all_, 3) if all_ else math.nan
+
+    def _seconds(self) -> tuple[float, float, float]:
+        path = Path("/proc/stat")
+        if not path.is_file():
+            return 0.0, 0.0, 0.0
+        ticks = [int(field) for field in path.read_text().splitlines()[0].split()[1:9]]
+        times, tick = os.times(), os.sysconf("SC_CLK_TCK")
+        own = times.user + times.system + times.children_user + times.children_system
+        return sum(ticks) / tick, (sum(ticks) - ticks[3] - ticks[4]) / tick, own

@@ -70,7 +70,14 @@ class Library:
         self._functions.moiety_tile.argtypes = [matrix, c_int32, c_void_p]
         self._functions.moiety_untile.argtypes = [matrix, c_int32, *[c_void_p] * 3]
         self._functions.moiety_starts.argtypes = [matrix, c_int32, c_void_p]
-        self._functions.moiety_expand.argtypes = [matrix, c_int64, c_int32, c_int32, c_void_p]
+        self._functions.moiety_dense.argtypes = [
+            c_int32,
+            matrix,
+            c_int64,
+            c_int32,
+            c_int32,
+            c_void_p,
+        ]
         self.supported = tuple(isa for isa in Isa if self._functions.moiety_has(isa))
         self.best = Isa(self._functions.moiety_best())
 
@@ -110,8 +117,8 @@ class Library:
         dense_OI = torch.empty(weights.rows, weights.columns, dtype=dtype)
         matrix, _kept = self._matrix(weights)
         bf16 = dtype == torch.bfloat16
-        arguments = (byref(matrix), which, _threads(), bf16, dense_OI.data_ptr())
-        _check(self._functions.moiety_expand(*arguments))
+        arguments = (self.best, byref(matrix), which, _threads(), bf16, dense_OI.data_ptr())
+        _check(self._functions.moiety_dense(*arguments))
         return dense_OI
 
     def forward(

@@ -3,7 +3,7 @@
 A stack of matrices is seven arguments, the fields of `Weights`, tensors
 first. On the CPU the compiled kernels do the work, on a GPU the Triton ones, where they are and
 layout and dtype are theirs, else the plain twin of `reference.py` on matrices expanded one at a
-time.
+time; so it does where torch's dense product is the faster one (`crossover.py`).
 
 T tokens, D model width, F expert width, A active experts, O/I out/in features.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moiety.experts.kernels import layouts, reference
+from moiety.experts.kernels.crossover import better_dense
 from moiety.experts.kernels.gpu import gpu_kernels
 from moiety.experts.kernels.weights import Weights, contiguous
 
@@ -54,7 +55,10 @@ def _compiled(
     weights_TA: Tensor | None = None,
     base_TO: Tensor | None = None,
 ) -> Tensor | None:
-    """What the compiled kernels give, in the input's dtype; None where they do not work."""
+    """What the compiled kernels give, in the input's dtype; None where they do not work.
+
+    Nor do they where a dense product is faster.
+    """
     if input_TI.is_cuda:
         gpu = gpu_kernels(input_TI.device)
         routes = {"experts_TA": experts_TA, "weights_TA": weights_TA, "base_TO": base_TO}
@@ -62,6 +66,9 @@ def _compiled(
         return None if gpu is None else gpu.forward(input_TI, down, **plain)
     kernels, dtype = layouts.native(input_TI), _COMPUTED_AS.get(input_TI.dtype)
     if kernels is None or dtype is None:
+        return None
+    routed = 1.0 if experts_TA is None else experts_TA.shape[1] / down.stack
+    if better_dense(input_TI, down, len(input_TI) * routed):
         return None
     output_TO = kernels.forward(
         input_TI.to(dtype).contiguous(),

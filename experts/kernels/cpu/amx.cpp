@@ -13,9 +13,9 @@ namespace amx {
 #define MOIETY_BF16_PAIRS
 #include "wide.h"
 
-#define MOIETY_EXPAND8
+#define MOIETY_EXPAND
 #include "scalar.h"
-#include "expand8.h"
+#include "expand.h"
 #include "body.h"
 #include "panels.h"
 

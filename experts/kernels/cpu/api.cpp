@@ -98,9 +98,11 @@ MOIETY_API int32_t moiety_untile(const Matrix *from, int32_t threads, uint8_t *v
   return untile(*from, threads, values, mask, scale);
 }
 
-MOIETY_API int32_t moiety_expand(const Matrix *from, int64_t which, int32_t threads, int32_t bf16,
-                                 void *dense) {
-  return expand(*from, which, threads, bf16, dense);
+MOIETY_API int32_t moiety_dense(int32_t isa, const Matrix *from, int64_t which, int32_t threads,
+                                 int32_t bf16, void *dense) {
+  const Kernels *kernels = kernels_of(isa);
+  if (!kernels || threads < 1) return BAD_ARGUMENT;
+  return expand(*kernels, *from, which, threads, bf16, dense);
 }
 
 // `gate_up`, `routes` and `base` may be null; see Call.

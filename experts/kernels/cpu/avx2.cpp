@@ -61,9 +61,10 @@ static inline void pair(const uint8_t *group, int half, Vec &v0, Vec &v1) {
   }
 }
 
-#define MOIETY_EXPAND8
+#define MOIETY_EXPAND
 #include "scalar.h"
 #include "expand8.h"
+#include "expand.h"
 #include "body.h"
 
 }  // namespace avx2

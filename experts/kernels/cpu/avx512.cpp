@@ -12,9 +12,9 @@ namespace avx512 {
 
 #include "wide.h"
 
-#define MOIETY_EXPAND8
+#define MOIETY_EXPAND
 #include "scalar.h"
-#include "expand8.h"
+#include "expand.h"
 #include "body.h"
 
 }  // namespace avx512

@@ -20,7 +20,7 @@ static bool few_tokens(const Matrix &m, int64_t which, int64_t row, int64_t rows
     }
     return true;
   }
-#if defined(MOIETY_EXPAND8)
+#if defined(MOIETY_EXPAND)
   for (int64_t r = 0; r < rows; r++) {
     const Row one = row_of(m, which, row + r);
     if (!row_holds(one, m.columns)) return false;
@@ -33,70 +33,94 @@ static bool few_tokens(const Matrix &m, int64_t which, int64_t row, int64_t rows
 }
 
 template <Kind kind, int V>
-static void tiles_by_tokens(const Matrix &m, const uint8_t *const *tiles, int64_t count,
+static void tiles_by_tokens(const Matrix &m, const uint8_t *tile, int64_t size, int64_t count,
                             int64_t column, const float *x, float *y) {
   const int64_t chunk = column / CHUNK;
   const int64_t some = shorter(chunks_of(m.columns) - chunk, STEP / CHUNK);
-  for (int64_t i = 0; i < count; i++) {
-    const uint8_t *scale = tiles[i] + scale_at(kind, chunk / SCALE_CHUNKS);
-    const uint8_t *at = tiles[i] + chunk_at(kind, chunk);
+  for (int64_t i = 0; i < count; i++, tile += size) {
+    const uint8_t *scale = tile + scale_at(kind, chunk / SCALE_CHUNKS);
+    const uint8_t *at = tile + chunk_at(kind, chunk);
     tile_step<kind, V>(at, some, scale, x, y + i * TILE_ROWS * V * WIDTH);
   }
 }
 
+// `at` is each row's first value in these columns, and then the first one behind them.
 template <Kind kind, int V>
-static void rows_by_tokens(const Matrix &m, const Row *rows, const int64_t *at, int64_t count,
+static void rows_by_tokens(const Matrix &m, const Row *rows, int64_t *at, int64_t count,
                            int64_t column, int64_t some, const float *x, float *y) {
   for (int64_t r = 0; r < count; r++) {
     const Row &row = rows[r];
     uint64_t words[MOST_WORDS];
-    for (int64_t w = 0; w < some; w++) words[w] = bits_at(row, column + 64 * w, m.columns);
+    int64_t kept = 0;
+    for (int64_t w = 0; w < some; w++) {
+      words[w] = bits_at(row, column + 64 * w, m.columns);
+      kept += __builtin_popcountll(words[w]);
+    }
     const float scale = IS_INTEGER[kind] ? bf16_value(row.scale[column / SCALE_COLUMNS]) : 1.0f;
     row_step<kind, V>(row.values, at[r], words, some, scale, x, y + r * V * WIDTH);
+    at[r] += kept;
   }
 }
 
 // Words of a row that are multiplied at once: more where a block of tokens is narrow, so that it
 // fits the L1 cache all the same. A scale covers two.
-static int64_t words_of(const Matrix &m, int64_t count) {
-  const int64_t vectors = (count + WIDTH - 1) / WIDTH;
+static int64_t words_of(const Matrix &m, int64_t vectors) {
   const int64_t most = vectors <= 2 ? MOST_WORDS : vectors <= 4 ? 2 : 1;
   return IS_INTEGER[m.kind] ? shorter(most, 2) : most;
 }
 
+// A group of rows for a block of tokens over a span of columns: the sums stay in the L1 cache.
+static void tiles_span(const Matrix &m, const uint8_t *tile, int64_t rows, int64_t column,
+                       int64_t end, const float *x, int64_t vectors, float *y) {
+  const int64_t size = tile_size(m.kind, m.columns), count = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  for (; column < end; column += STEP, x += STEP * vectors * WIDTH) {
+    FOR_NUMBER(vectors,
+               FOR_KIND(m.kind, tiles_by_tokens<K, N>(m, tile, size, count, column, x, y)));
+  }
+}
+
+static void rows_span(const Matrix &m, const Row *rows, const int64_t *first, int64_t *at,
+                      int64_t count, int64_t column, int64_t end, const float *x, int64_t vectors,
+                      float *y) {
+  const int64_t words = words_of(m, vectors);
+  for (int64_t r = 0; r < count; r++) at[r] = first[r];
+  for (; column < end; column += 64 * words, x += 64 * words * vectors * WIDTH) {
+    const int64_t some = shorter(words, (end - column + 63) / 64);
+    FOR_NUMBER(vectors, FOR_KIND(m.kind, rows_by_tokens<K, N>(m, rows, at, count, column, some, x,
+                                                              y)));
+  }
+}
+
+// All tokens take a span of columns before any takes the next, so that it stays in the L2 cache
+// while every group of rows passes over it.
 static bool many_tokens(const Matrix &m, int64_t which, int64_t row, int64_t rows, const float *x,
                         int64_t padded_columns, int64_t count, float *y) {
-  const uint8_t *tiles[GROUP_ROWS / TILE_ROWS];
-  Row found[GROUP_ROWS];
-  int64_t at[GROUP_ROWS];
+  Row found[MOST_ROWS];
+  int64_t at[MOST_ROWS], next[MOST_ROWS];
   const bool tiled = m.layout == TILES;
-  const int64_t parts = tiled ? (rows + TILE_ROWS - 1) / TILE_ROWS : rows;
-  const int64_t room = tiled ? parts * TILE_ROWS : rows;
-  for (int64_t i = 0; i < parts; i++) {
-    if (tiled) {
-      tiles[i] = tile_of(m, which, row + i * TILE_ROWS);
-    } else {
-      found[i] = row_of(m, which, row + i);
-      if (!row_holds(found[i], m.columns)) return false;
-      at[i] = found[i].first;
-    }
+  const int64_t room = tiled ? (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS : rows;
+  for (int64_t r = 0; r < (tiled ? 0 : rows); r++) {
+    found[r] = row_of(m, which, row + r);
+    if (!row_holds(found[r], m.columns)) return false;
+    at[r] = found[r].first;
   }
   const int64_t padded_count = (count + WIDTH - 1) / WIDTH * WIDTH;
   for (int64_t i = 0; i < room * padded_count; i++) y[i] = 0.0f;
-  const int64_t words = tiled ? STEP / 64 : words_of(m, count);
-  for (int64_t column = 0; column < m.columns; column += 64 * words) {
-    const int64_t left = (m.columns - column + 63) / 64, some = shorter(words, left);
+  for (int64_t column = 0; column < m.columns; column += SPAN) {
+    const int64_t end = shorter(column + SPAN, m.columns);
     for (int64_t first = 0; first < count; first += BLOCK) {
       const int64_t vectors = (shorter(count - first, BLOCK) + WIDTH - 1) / WIDTH;
       const float *input = x + first * padded_columns + column * vectors * WIDTH;
-      float *output = y + first * room;
-      FOR_NUMBER(vectors, FOR_KIND(m.kind, if (tiled)
-          tiles_by_tokens<K, N>(m, tiles, parts, column, input, output);
-          else rows_by_tokens<K, N>(m, found, at, parts, column, some, input, output)));
+      for (int64_t r = 0; r < rows; r += GROUP_ROWS) {
+        const int64_t some = shorter(rows - r, GROUP_ROWS);
+        float *to = y + first * room + r * vectors * WIDTH;
+        if (tiled)
+          tiles_span(m, tile_of(m, which, row + r), some, column, end, input, vectors, to);
+        else
+          rows_span(m, found + r, at + r, next + r, some, column, end, input, vectors, to);
+      }
     }
-    for (int64_t i = 0; i < (tiled ? 0 : parts); i++)
-      for (int64_t w = 0; w < some; w++)
-        at[i] += __builtin_popcountll(bits_at(found[i], column + 64 * w, m.columns));
+    for (int64_t r = 0; r < (tiled ? 0 : rows); r++) at[r] = next[r];
   }
   return true;
 }
@@ -109,18 +133,116 @@ static void narrow(const float *from, uint16_t *to, int64_t count) {
   for (int64_t i = 0; i < count; i++) to[i] = bf16_bits(from[i]);
 }
 
+// One row of the rows layout, dense. False where its mask and its values disagree.
+static bool dense_row(const Matrix &m, int64_t which, int64_t row, float *y) {
+  const Row one = row_of(m, which, row);
+  if (!row_holds(one, m.columns)) return false;
+#if defined(MOIETY_EXPAND)
+  FOR_KIND(m.kind, row_dense<K>(one, m.columns, y));
+#else
+  __builtin_memset(y, 0, m.columns * 4);
+  int64_t at = one.first;
+  for (int64_t column = 0; column < m.columns; column += 64) {
+    const float scale = one.scale ? bf16_value(one.scale[column / SCALE_COLUMNS]) : 1.0f;
+    for (uint64_t bits = bits_at(one, column, m.columns); bits; bits &= bits - 1, at++) {
+      const int64_t c = column + __builtin_ctzll(bits);
+      FOR_KIND(m.kind, y[c] = value_at<K>(one.values, at) * scale);
+    }
+  }
+#endif
+  return true;
+}
+
+#if defined(MOIETY_SQUARES)
+static inline Vec load_some(const float *at, int64_t count) {
+  Vec some = {};
+  if (count == WIDTH) return load(at);
+  __builtin_memcpy(&some, at, count * 4);
+  return some;
+}
+
+static inline void store_some(float *at, Vec value, int64_t count) {
+  if (count == WIDTH)
+    store(at, value);
+  else
+    __builtin_memcpy(at, &value, count * 4);
+}
+
+// Half a chunk of a tile: 16 columns of 16 rows.
+template <Kind kind>
+static inline void dense_square(const uint8_t *group, Int control, Vec scale, float *y,
+                                int64_t y_step) {
+  Vec square[16];
+  for (int g = 0; g < GROUPS / 2; g++, group += GROUP_BYTES[kind], control >>= 4) {
+    Vec v0, v1;
+    pair<kind>(group, 0, v0, v1);
+    if (IS_INTEGER[kind]) v0 *= scale, v1 *= scale;
+    const Int first = control & 3, second = control >> 2 & 3;
+    for (int c = 0; c < 4; c++)
+      square[4 * g + c] = (Vec)(((Int)v0 & (first == c)) | ((Int)v1 & (second == c)));
+  }
+  turn_square(square);
+  for (int r = 0; r < 16; r++) store(y + r * y_step, square[r]);
+}
+
+template <Kind kind>
+static void dense_chunks(const Matrix &m, const uint8_t *tile, float *y, int64_t y_step) {
+  for (int64_t chunk = 0; chunk < chunks_of(m.columns); chunk++, y += CHUNK) {
+    const uint8_t *at = tile + chunk_at(kind, chunk), *group = at + CONTROL_BYTES;
+    const Vec scale = IS_INTEGER[kind] ? load_bf16(tile + scale_at(kind, chunk / SCALE_CHUNKS)) : Vec{};
+    const Int control = load_int(at);
+    dense_square<kind>(group, control, scale, y, y_step);
+    group += GROUPS / 2 * GROUP_BYTES[kind];
+    dense_square<kind>(group, control >> 16, scale, y + CHUNK / 2, y_step);
+  }
+}
+
+static void dense_tile(const Matrix &m, int64_t which, int64_t row, float *y, int64_t y_step) {
+  const uint8_t *tile = tile_of(m, which, row);
+  FOR_KIND(m.kind, dense_chunks<K>(m, tile, y, y_step));
+}
+
+static void turn(const float *from, int64_t from_step, int64_t rows, int64_t count, float *to,
+                 int64_t to_step) {
+  for (int64_t r = 0; r < rows; r += WIDTH) {
+    for (int64_t t = 0; t < count; t += WIDTH) {
+      const int64_t some = shorter(rows - r, WIDTH), less = shorter(count - t, WIDTH);
+      Vec square[WIDTH] = {};
+      for (int64_t i = 0; i < some; i++)
+        square[i] = load_some(from + (r + i) * from_step + t, less);
+      turn_square(square);
+      for (int64_t i = 0; i < less; i++) store_some(to + (t + i) * to_step + r, square[i], some);
+    }
+  }
+}
+#else
+static constexpr decltype(Kernels::dense_tile) dense_tile = nullptr;
+
+static void turn(const float *from, int64_t from_step, int64_t rows, int64_t count, float *to,
+                 int64_t to_step) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t t = 0; t < count; t++) to[t * to_step + r] = from[r * from_step + t];
+}
+#endif
+
 static void transpose(const void *const *rows, int64_t count, bool bf16, int64_t wide,
                       int64_t first_column, int64_t columns, float *block) {
-  for (int64_t t = 0; t < wide; t++) {
-    float *to = block + t;
-    if (t >= count) {
-      for (int64_t c = 0; c < columns; c++) to[c * wide] = 0.0f;
-    } else if (bf16) {
-      const uint16_t *from = (const uint16_t *)rows[t] + first_column;
-      for (int64_t c = 0; c < columns; c++) to[c * wide] = bf16_value(from[c]);
-    } else {
-      const float *from = (const float *)rows[t] + first_column;
-      for (int64_t c = 0; c < columns; c++) to[c * wide] = from[c];
+  constexpr int64_t SOME = 256;
+  float wider[WIDTH * SOME];
+  for (int64_t t = 0; t < wide; t += WIDTH) {
+    for (int64_t c = 0; c < columns; c += SOME) {
+      const int64_t some = shorter(columns - c, SOME);
+      for (int64_t i = 0; i < WIDTH; i++) {
+        float *to = wider + i * SOME;
+        const int64_t from = first_column + c;
+        if (t + i >= count)
+          for (int64_t j = 0; j < some; j++) to[j] = 0.0f;
+        else if (bf16)
+          widen((const uint16_t *)rows[t + i] + from, to, some);
+        else
+          __builtin_memcpy(to, (const float *)rows[t + i] + from, some * 4);
+      }
+      turn(wider, SOME, WIDTH, some, block + c * wide + t, wide);
     }
   }
 }
@@ -130,5 +252,5 @@ static constexpr Kernels kernels_with(int64_t few_tiles, int64_t few_rows,
                                       decltype(Kernels::dots) dots, int64_t few_panels = 0,
                                       decltype(Kernels::panels) panels = nullptr) {
   return {WIDTH, BLOCK,    few_tiles, few_rows, few_tokens, many_tokens, dots,
-          few_panels, panels, gated,     transpose, widen,   narrow};
+          few_panels, panels, gated, transpose, turn, dense_row, dense_tile, widen, narrow};
 }

@@ -1,4 +1,5 @@
 #include "convert.h"
+#include "scratch.h"
 
 #include <string.h>
 #if defined(__linux__)
@@ -177,20 +178,8 @@ float value_of(int32_t kind, const uint8_t *values, int64_t at) {
   }
 }
 
-// Calls give(column, value) for every kept value of a row; false where the mask is not sound.
-template <class Give>
-bool each_value(const Matrix &m, int64_t which, int64_t row, const Give &give) {
-  if (m.layout == ROWS) {
-    const Row one = row_of(m, which, row);
-    if (!row_holds(one, m.columns)) return false;
-    int64_t at = one.first;
-    for (int64_t column = 0; column < m.columns; column += 64) {
-      const float scale = one.scale ? bf16_value(one.scale[column / SCALE_COLUMNS]) : 1.0f;
-      for (uint64_t bits = bits_at(one, column, m.columns); bits; bits &= bits - 1)
-        give(column + __builtin_ctzll(bits), value_of(m.kind, one.values, at++) * scale);
-    }
-    return true;
-  }
+void dense_tile_row(const Matrix &m, int64_t which, int64_t row, float *y) {
+  memset(y, 0, m.columns * 4);
   const uint8_t *tile = tile_of(m, which, row);
   const int r = row % TILE_ROWS;
   for (int64_t group = 0; group < m.columns / 4; group++) {
@@ -202,30 +191,43 @@ bool each_value(const Matrix &m, int64_t which, int64_t row, const Give &give) {
     for (int place = 0; place < 2; place++) {
       const Places from = {m.kind, values, r, place};
       const float value = value_of(m.kind, from.at(), m.kind == INT4 ? place : 0);
-      give(4 * group + (nibble >> 2 * place & 3), value * scale);
+      y[4 * group + (nibble >> 2 * place & 3)] = value * scale;
     }
   }
-  return true;
 }
 
 }  // namespace
 
-Status expand(const Matrix &from, int64_t which, int threads, bool bf16, void *dense) {
+Status expand(const Kernels &kernels, const Matrix &from, int64_t which, int threads, bool bf16,
+              void *dense) {
+  const bool whole = from.layout == TILES && kernels.dense_tile;
+  const int64_t together = whole ? TILE_ROWS : 1, step = up_to(from.columns, CHUNK) * CHUNK;
+  const size_t width = from.columns;
   Status status = OK;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < from.rows; row++) {
-    float *wide = (float *)dense + row * from.columns;
-    uint16_t *narrow = (uint16_t *)dense + row * from.columns;
-    memset(bf16 ? (void *)narrow : (void *)wide, 0, from.columns * (bf16 ? 2 : 4));
-    const bool good = each_value(from, which, row, [=](int64_t column, float value) {
-      if (bf16)
-        narrow[column] = bf16_bits(value);
-      else
-        wide[column] = value;
-    });
-    if (!good) {
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Scratch scratch;
+    float *wide = (float *)scratch.take(together * step * 4 + 64);
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < from.rows; first += together) {
+      bool good = wide;
+      if (good && whole)
+        kernels.dense_tile(from, which, first, wide, step);
+      else if (good && from.layout == TILES)
+        dense_tile_row(from, which, first, wide);
+      else if (good)
+        good = kernels.dense_row(from, which, first, wide);
+      for (int64_t row = first; good && row < from.rows && row < first + together; row++) {
+        const float *values = wide + (row - first) * step;
+        if (bf16)
+          kernels.narrow(values, (uint16_t *)dense + row * width, width);
+        else
+          memcpy((float *)dense + row * width, values, width * 4);
+      }
+      if (!good) {
 #pragma omp atomic write
-      status = BAD_MASK;
+        status = wide ? BAD_MASK : NO_MEMORY;
+      }
     }
   }
   return status;

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "format.h"
+#include "kernels.h"
 
 // The first value of every row and the end of the last, (count, rows + 1), from the masks.
 Status starts_of(const Matrix &from, int threads, int64_t *starts);
@@ -10,4 +10,5 @@ Status starts_of(const Matrix &from, int threads, int64_t *starts);
 int64_t tile_bytes(int32_t kind, int64_t rows, int64_t columns);
 Status tile(const Matrix &from, int threads, uint8_t *tiles);
 Status untile(const Matrix &from, int threads, uint8_t *values, uint8_t *mask, uint16_t *scale);
-Status expand(const Matrix &from, int64_t which, int threads, bool bf16, void *dense);
+Status expand(const Kernels &kernels, const Matrix &from, int64_t which, int threads, bool bf16,
+              void *dense);

@@ -3,24 +3,13 @@
 #include <omp.h>
 #include <string.h>
 
+#include "jobs.h"
 #include "scratch.h"
 
 namespace {
 
 constexpr int64_t JOB_TOKENS = 256, WAVE_TOKENS = 512;
-
-enum Mode { LANES, BLOCKS, DOTS, PANELS };
-
-// Tokens `first` to `first + count` of the sorted order, all of one expert.
-struct Job {
-  int64_t expert, first, count;
-  Mode mode;
-  float *x, *inner;
-  int64_t gathered, grouped;  // items of earlier jobs in the two phases that go over jobs
-};
-
-int64_t up_to(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t TURNED = 16;  // tokens of a block whose results are turned at once; divides it
 
 class Forward {
  public:
@@ -128,7 +117,7 @@ class Forward {
 
   Status wave(int64_t count) {
     static thread_local Scratch scratch;
-    const int64_t results = PANEL_ROWS * (JOB_TOKENS + DOTS_PAD);
+    const int64_t results = MOST_ROWS * (JOB_TOKENS + DOTS_PAD);
     float *gates = nullptr, *ups = nullptr;
     size_t size = 0;
     for (char *block = nullptr;; block = scratch.take(size)) {
@@ -179,9 +168,6 @@ class Forward {
     const int64_t share = up_to(rows / (4 * call_.threads) + 1, TILE_ROWS);
     return least(share, most_rows(job));
   }
-
-  // Rows of one product, which lie so far apart in its results.
-  static int64_t most_rows(const Job &job) { return job.mode == PANELS ? PANEL_ROWS : GROUP_ROWS; }
 
   const Job &find(int64_t item, int64_t count, int64_t Job::*first) const {
     int64_t low = 0, high = count;
@@ -243,16 +229,10 @@ class Forward {
     memset(block + done * wide, 0, (here - done) * wide * 4);
   }
 
-  // Where a token's columns are, up to the next multiple of CHUNK.
-  static uint16_t *in_panel(float *panels, int64_t width, int64_t token, int64_t column) {
-    uint16_t *panel = (uint16_t *)panels + token / PANEL * PANEL * width;
-    return panel + column / CHUNK * PANEL * CHUNK + token % PANEL * CHUNK + column % CHUNK;
-  }
-
   void gather_panel(const Job &job, int64_t item) {
     const uint16_t *from = item < job.count ? (const uint16_t *)token(job.first + item) : nullptr;
     for (int64_t column = 0; column < width_; column += CHUNK) {
-      uint16_t *to = in_panel(job.x, width_, item, column);
+      uint16_t *to = in_panel(job.x, up_to(job.count, PANEL) / PANEL, width_, item, column);
       if (from && column + CHUNK <= call_.x.width) {
         memcpy(to, from + column, CHUNK * 2);
         continue;
@@ -269,8 +249,10 @@ class Forward {
     if (job.mode == BLOCKS) return k_.tokens(m, which, row, rows, x, width, job.count, y);
     if (job.mode == LANES)
       return k_.lanes(m, which, row, rows, x, width, job.count, y, most_rows(job));
-    (job.mode == DOTS ? k_.dots : k_.panels)(m, which, row, rows, (const uint16_t *)x, width,
-                                             job.count, y, most_rows(job));
+    if (job.mode == DOTS)
+      k_.dots(m, which, row, rows, (const uint16_t *)x, width, job.count, y, most_rows(job));
+    else
+      k_.panels(m, which, row, rows, (const uint16_t *)x, width, job.count, y);
     return true;
   }
 
@@ -307,15 +289,13 @@ class Forward {
       }
       return;
     }
+    if (job.mode == PANELS) return gated_panels(job, row, rows, spare, gate, up);
     for (int64_t t = 0; t < job.count; t++) {
       float *g = gate + t * most_rows(job), *u = up + t * most_rows(job);
       if (job.mode == LANES) {
         float *to = job.inner + t * inner_width_ + row;
         k_.gated(call_.activation, g, u, to, rows);
         memset(to + rows, 0, spare * 4);
-      } else if (job.mode == PANELS) {
-        k_.gated(call_.activation, g, u, g, rows);
-        put_in_panel(job, t, row, rows, spare, g);
       } else {
         uint16_t *to = (uint16_t *)job.inner + t * inner_width_ + row;
         k_.gated(call_.activation, g, u, g, rows);
@@ -323,22 +303,24 @@ class Forward {
         memset(to + rows, 0, spare * 2);
       }
     }
-    if (job.mode == PANELS)
-      for (int64_t t = job.count; t < up_to(job.count, PANEL); t++)
-        put_in_panel(job, t, row, 0, rows + spare, nullptr);
     if (job.mode == DOTS)
       for (int64_t t = job.count; t < job.count + DOTS_PAD; t++)
         memset((uint16_t *)job.inner + t * inner_width_ + row, 0, (rows + spare) * 2);
   }
 
-  // Inner values of a token from `row` on, zeros behind them.
-  void put_in_panel(const Job &job, int64_t token, int64_t row, int64_t rows, int64_t spare,
-                    const float *values) {
-    for (int64_t r = 0; r < rows + spare; r += TILE_ROWS) {
-      uint16_t *to = in_panel(job.inner, inner_width_, token, row + r);
-      const int64_t real = r < rows ? least(rows - r, TILE_ROWS) : 0;
-      if (real) k_.narrow(values + r, to, real);
-      memset(to + real, 0, (least(rows + spare - r, TILE_ROWS) - real) * 2);
+  // Tokens past the last are zeros in all panels, and so are their results.
+  void gated_panels(const Job &job, int64_t row, int64_t rows, int64_t spare, float *gate,
+                    const float *up) {
+    const int64_t padded = up_to(rows, TILE_ROWS), count = up_to(job.count, PANEL);
+    k_.gated(call_.activation, gate, up, gate, padded * count);
+    for (int64_t t = 0; t < count; t++) {
+      const float *values = in_squares(gate, padded, t);
+      for (int64_t r = 0; r < rows + spare; r += TILE_ROWS, values += PANEL * TILE_ROWS) {
+        uint16_t *to = in_panel(job.inner, count / PANEL, inner_width_, t, row + r);
+        const int64_t real = r < rows ? least(rows - r, TILE_ROWS) : 0;
+        if (real) k_.narrow(values, to, real);
+        memset(to + real, 0, (least(rows + spare - r, TILE_ROWS) - real) * 2);
+      }
     }
   }
 
@@ -352,34 +334,41 @@ class Forward {
     const float *x = call_.gate_up ? job.inner : job.x;
     const int64_t width = call_.gate_up ? inner_width_ : width_;
     if (!multiply(m, job.expert, row, rows, job, x, width, y)) return bad_mask();
+    if (job.mode == BLOCKS) return put_blocks(job, row, rows, y);
+    float apart[MOST_ROWS];
     for (int64_t t = 0; t < job.count; t++) {
       const float *from = y + t * most_rows(job);
-      int64_t step = 1;
-      if (job.mode == BLOCKS) {
-        const int64_t first = t / k_.block * k_.block;
-        step = up_to(least(job.count - first, k_.block), k_.width);
-        from = y + first * room_of(rows) + (t - first);
+      if (job.mode == PANELS) {
+        const float *squares = in_squares(y, up_to(rows, TILE_ROWS), t);
+        for (int64_t r = 0; r < rows; r += TILE_ROWS)
+          memcpy(apart + r, squares + r * PANEL, TILE_ROWS * 4);
+        from = apart;
       }
-      const int64_t pair = order_[job.first + t];
-      put(from, step, pair, row, rows);
+      put(from, order_[job.first + t], row, rows);
     }
   }
 
-  void put(const float *from, int64_t step, int64_t pair, int64_t row, int64_t rows) {
+  void put_blocks(const Job &job, int64_t row, int64_t rows, const float *y) {
+    float turned[TURNED * MOST_ROWS];
+    for (int64_t t = 0; t < job.count; t += TURNED) {
+      const int64_t first = t / k_.block * k_.block, some = least(job.count - t, TURNED);
+      const int64_t wide = up_to(least(job.count - first, k_.block), k_.width);
+      k_.turn(y + first * room_of(rows) + (t - first), wide, rows, some, turned, MOST_ROWS);
+      for (int64_t i = 0; i < some; i++)
+        put(turned + i * MOST_ROWS, order_[job.first + t + i], row, rows);
+    }
+  }
+
+  void put(const float *values, int64_t pair, int64_t row, int64_t rows) {
     const int64_t at = pair / active_ * call_.down->rows + row;
     if (!direct_) {
       const float weight = call_.routes ? call_.routes->weights[pair] : 1.0f;
-      for (int64_t r = 0; r < rows; r++) sums_[at + r] += weight * from[r * step];
-      return;
-    }
-    float apart[GROUP_ROWS];
-    const float *values = step == 1 ? from : apart;
-    if (step != 1)
-      for (int64_t r = 0; r < rows; r++) apart[r] = from[r * step];
-    if (call_.x.bf16)
+      for (int64_t r = 0; r < rows; r++) sums_[at + r] += weight * values[r];
+    } else if (call_.x.bf16) {
       k_.narrow(values, (uint16_t *)call_.out + at, rows);
-    else
+    } else {
       memcpy((float *)call_.out + at, values, rows * 4);
+    }
   }
 
   const Call &call_;

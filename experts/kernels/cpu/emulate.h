@@ -44,6 +44,15 @@ static inline __m512 emulated_mm512_permutevar_ps(__m512 from, __m512i control) 
   return (__m512)to;
 }
 
+static inline __m512 emulated_mm512_maskz_expand_ps(uint16_t mask, __m512 from) {
+  EmulatedFloats16 to = {};
+  for (int i = 0, at = 0; i < 16; i++)
+    if (mask >> i & 1) to[i] = ((EmulatedFloats16)from)[at++];
+  return (__m512)to;
+}
+
+#undef _mm512_maskz_expand_ps
+#define _mm512_maskz_expand_ps emulated_mm512_maskz_expand_ps
 #undef _mm512_cvtepi8_epi32
 #define _mm512_cvtepi8_epi32 emulated_mm512_cvtepi8_epi32
 #undef _mm512_cvtepu8_epi32

@@ -25,11 +25,12 @@ struct Kernels {
   void (*dots)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
                int64_t x_step, int64_t count, float *y, int64_t y_step);
 
-  // As `dots` for more than `few_panels` tokens in panels of PANEL, zeros behind them: each holds
-  // PANEL x CHUNK bf16 for every CHUNK columns. Null where the CPU has no AMX.
+  // As `dots` for more than `few_panels` tokens in panels of PANEL, zeros behind them, as
+  // panels.h has them (`width` in columns, padded to whole chunks). y holds for each panel PANEL x TILE_ROWS sums for
+  // every TILE_ROWS rows. Null where the CPU has no AMX.
   int64_t few_panels;
   void (*panels)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
-                 int64_t width, int64_t count, float *y, int64_t y_step);
+                 int64_t width, int64_t count, float *y);
 
   void (*gated)(int activation, const float *gate, const float *up, float *out, int64_t count);
 
@@ -37,15 +38,26 @@ struct Kernels {
   void (*transpose)(const void *const *rows, int64_t count, bool bf16, int64_t wide,
                     int64_t first_column, int64_t columns, float *block);
 
+  // to[i * to_step + j] = from[j * from_step + i] for i < count, j < rows.
+  void (*turn)(const float *from, int64_t from_step, int64_t rows, int64_t count, float *to,
+               int64_t to_step);
+
+  // One dense row of a matrix in the rows layout; false as `lanes`.
+  bool (*dense_row)(const Matrix &, int64_t which, int64_t row, float *y);
+
+  // All rows of the tile that begins with `row`, dense and y_step apart, up to whole chunks. Null
+  // where there is no fast way.
+  void (*dense_tile)(const Matrix &, int64_t which, int64_t row, float *y, int64_t y_step);
+
   // fp32 from bf16 and the other way round.
   void (*widen)(const uint16_t *from, float *to, int64_t count);
   void (*narrow)(const float *from, uint16_t *to, int64_t count);
 };
 
 static constexpr int64_t DOTS_PAD = 24;
-static constexpr int64_t PANEL = 16;
-static constexpr int64_t PANEL_ROWS = 256;  // at most, of one call
+static constexpr int64_t PANEL = 16, PANEL_CHUNKS = 8;
 static constexpr int64_t GROUP_ROWS = 64;
+static constexpr int64_t MOST_ROWS = 256;  // of one call for many tokens
 
 extern const Kernels portable_kernels;
 #if defined(MOIETY_X86)

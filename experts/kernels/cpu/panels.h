@@ -2,13 +2,14 @@
 // one instruction multiplies 16 tokens with 32 columns of 16 rows. It knows no sparsity, so weights
 // are expanded into the L1 cache, a stretch of columns at a time, and used by all tokens there.
 //
-// A panel is 16 tokens; it holds 16 x 32 of them for each chunk of columns.
+// A panel is 16 tokens. For every PANEL_CHUNKS chunks of columns all panels lie one after the other,
+// each 16 x 32 of a chunk: what a stretch needs is in one piece, not a power of two apart.
 
 // Chunks of a stretch. Short ones leave room in the L1 cache, long ones spare many tokens' sums the
 // way there and back. Integers have a scale for each short one.
-static constexpr int64_t SHORT_STRETCH = SCALE_CHUNKS, LONG_STRETCH = 8;
+static constexpr int64_t SHORT_STRETCH = SCALE_CHUNKS, LONG_STRETCH = PANEL_CHUNKS;
 static constexpr int64_t SHORT_TOKENS = 64;
-static constexpr int64_t SQUARE = PANEL * CHUNK;
+static constexpr int64_t SQUARE = PANEL * CHUNK, SUMS = PANEL * TILE_ROWS;
 static constexpr int64_t MOST_TILES = GROUP_ROWS / TILE_ROWS;
 
 // For every pair of kept columns, the bytes of (v0, v1) in two of four columns; 0x80 gives 0.
@@ -100,7 +101,7 @@ static inline void panel_products(const uint16_t *x, const uint16_t *dense, int6
 }
 
 template <int N>
-static inline void start_sums(const float *y, int64_t step, bool first) {
+static inline void start_sums(const float *y, bool first) {
   if (first) {
     _tile_zero(0);
     if constexpr (N > 1) _tile_zero(1);
@@ -108,42 +109,41 @@ static inline void start_sums(const float *y, int64_t step, bool first) {
     if constexpr (N > 3) _tile_zero(3);
     return;
   }
-  _tile_loadd(0, y, step);
-  if constexpr (N > 1) _tile_loadd(1, y + TILE_ROWS, step);
-  if constexpr (N > 2) _tile_loadd(2, y + 2 * TILE_ROWS, step);
-  if constexpr (N > 3) _tile_loadd(3, y + 3 * TILE_ROWS, step);
+  _tile_loadd(0, y, 64);
+  if constexpr (N > 1) _tile_loadd(1, y + SUMS, 64);
+  if constexpr (N > 2) _tile_loadd(2, y + 2 * SUMS, 64);
+  if constexpr (N > 3) _tile_loadd(3, y + 3 * SUMS, 64);
 }
 
 template <int N>
-static inline void keep_sums(float *y, int64_t step) {
-  _tile_stored(0, y, step);
-  if constexpr (N > 1) _tile_stored(1, y + TILE_ROWS, step);
-  if constexpr (N > 2) _tile_stored(2, y + 2 * TILE_ROWS, step);
-  if constexpr (N > 3) _tile_stored(3, y + 3 * TILE_ROWS, step);
+static inline void keep_sums(float *y) {
+  _tile_stored(0, y, 64);
+  if constexpr (N > 1) _tile_stored(1, y + SUMS, 64);
+  if constexpr (N > 2) _tile_stored(2, y + 2 * SUMS, 64);
+  if constexpr (N > 3) _tile_stored(3, y + 3 * SUMS, 64);
 }
 
 // Adds products of codes, times their rows' scales, to y; or puts them there.
 template <int N>
 static inline void add_scaled(const float *products, const uint8_t *const *scales, bool first,
-                              float *y, int64_t y_step) {
+                              float *y) {
   for (int i = 0; i < N; i++) {
     const __m512 scale = (__m512)load_bf16(scales[i]);
-    for (int t = 0; t < PANEL; t++) {
-      float *to = y + t * y_step + i * TILE_ROWS;
-      const __m512 product = _mm512_load_ps(products + (t * MOST_TILES + i) * TILE_ROWS);
-      const __m512 sum = first ? _mm512_setzero_ps() : _mm512_loadu_ps(to);
-      _mm512_storeu_ps(to, _mm512_fmadd_ps(product, scale, sum));
+    for (int t = 0; t < PANEL; t++, products += TILE_ROWS, y += TILE_ROWS) {
+      const __m512 product = _mm512_load_ps(products);
+      const __m512 sum = first ? _mm512_setzero_ps() : _mm512_loadu_ps(y);
+      _mm512_storeu_ps(y, _mm512_fmadd_ps(product, scale, sum));
     }
   }
 }
 
-// All panels with a stretch of N tiles, one below the other.
+// All panels with a stretch of N tiles, one below the other. Sums of a panel are y_step apart.
 template <Kind kind, int N>
 static void stretch_products(const uint8_t *tile, int64_t size, int64_t chunk, int64_t some,
                              const uint8_t *next, const uint16_t *x, int64_t width, int64_t count,
                              float *y, int64_t y_step) {
   alignas(64) uint16_t dense[LONG_STRETCH * MOST_TILES * SQUARE];
-  alignas(64) float products[PANEL * GROUP_ROWS];
+  alignas(64) float products[MOST_TILES * SUMS];
   const int64_t steps = (N + (count + PANEL - 1) / PANEL) * some;
   Ahead ahead(next, some * chunk_bytes(kind), size, N, steps);
   const uint8_t *scales[N];
@@ -156,16 +156,18 @@ static void stretch_products(const uint8_t *tile, int64_t size, int64_t chunk, i
     }
   }
   const bool first = chunk == 0;
-  for (int64_t t = 0; t < count; t += PANEL) {
-    const uint16_t *panel = x + t * width + chunk * SQUARE;
-    float *to = y + t * y_step;
-    start_sums<N>(to, y_step * 4, first || IS_INTEGER[kind]);
+  const int64_t inside = chunk % PANEL_CHUNKS, before = chunk - inside;
+  const int64_t x_step = shorter(width / CHUNK - before, PANEL_CHUNKS) * SQUARE;
+  const int64_t panels = (count + PANEL - 1) / PANEL;
+  const uint16_t *panel = x + before * panels * SQUARE + inside * SQUARE;
+  for (int64_t t = 0; t < panels; t++, panel += x_step, y += y_step) {
+    start_sums<N>(y, first || IS_INTEGER[kind]);
     panel_products<N>(panel, dense, some, ahead);
     if constexpr (IS_INTEGER[kind]) {
-      keep_sums<N>(products, GROUP_ROWS * 4);
-      add_scaled<N>(products, scales, first, to, y_step);
+      keep_sums<N>(products);
+      add_scaled<N>(products, scales, first, y);
     } else {
-      keep_sums<N>(to, y_step * 4);
+      keep_sums<N>(y);
     }
   }
 }
@@ -181,8 +183,9 @@ struct alignas(64) Shapes {
 // cache.
 template <Kind kind>
 static void panel_rows(const uint8_t *tile, const Matrix &m, int64_t rows, const uint16_t *x,
-                       int64_t width, int64_t count, float *y, int64_t y_step) {
+                       int64_t width, int64_t count, float *y) {
   const int64_t size = tile_size(kind, m.columns), chunks = chunks_of(m.columns);
+  const int64_t y_step = (rows + TILE_ROWS - 1) / TILE_ROWS * SUMS;
   const bool brief = IS_INTEGER[kind] || count <= SHORT_TOKENS;
   const int64_t stretch = brief ? SHORT_STRETCH : LONG_STRETCH;
   for (int64_t chunk = 0; chunk < chunks; chunk += stretch) {
@@ -194,20 +197,20 @@ static void panel_rows(const uint8_t *tile, const Matrix &m, int64_t rows, const
                                  : here + MOST_TILES * size + chunk_at(kind, chunk);
       const int64_t tiles = (shorter(rows - r, GROUP_ROWS) + TILE_ROWS - 1) / TILE_ROWS;
       FOR_TILES(tiles, stretch_products<kind, N>(here, size, chunk, some, next, x, width, count,
-                                                 y + r, y_step));
+                                                 y + r * PANEL, y_step));
     }
   }
 }
 
 static void panels(const Matrix &m, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
-                   int64_t width, int64_t count, float *y, int64_t y_step) {
+                   int64_t width, int64_t count, float *y) {
   const Shapes shapes;
   const uint8_t *tile = tile_of(m, which, row);
   _tile_loadconfig(&shapes);
   switch (m.kind) {
-    case BF16: panel_rows<BF16>(tile, m, rows, x, width, count, y, y_step); break;
-    case INT8: panel_rows<INT8>(tile, m, rows, x, width, count, y, y_step); break;
-    default: panel_rows<INT4>(tile, m, rows, x, width, count, y, y_step);
+    case BF16: panel_rows<BF16>(tile, m, rows, x, width, count, y); break;
+    case INT8: panel_rows<INT8>(tile, m, rows, x, width, count, y); break;
+    default: panel_rows<INT4>(tile, m, rows, x, width, count, y);
   }
   _tile_release();
 }

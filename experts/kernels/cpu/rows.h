@@ -57,30 +57,36 @@ static inline float value_at(const uint8_t *values, int64_t at) {
   return (float)((values[at / 2] >> 4 * (at % 2) & 15) - 8);
 }
 
-#if defined(MOIETY_EXPAND8)
-// M tokens (rows of `x`, padded to whole bytes of the mask) with one row; M results `y_step` apart.
+#if defined(MOIETY_EXPAND)
+// The mask's bits of PIECE columns, those from `end` on left out.
+static inline unsigned piece_bits(const Row &row, int64_t column, int64_t end) {
+  const unsigned bits = column < end ? row.mask[column / 8] : 0;
+  return PIECE > 8 && column + 8 < end ? bits | row.mask[column / 8 + 1] << 8 : bits;
+}
+
+// M tokens (rows of `x`, padded to whole pieces of the mask) with one row; M results `y_step` apart.
 template <Kind kind, int M>
 static void row_few(const Row &row, int64_t columns, const float *x, int64_t x_step, float *y,
                     int64_t y_step) {
-  Eight total[M] = {};
+  Vec total[M] = {};
   int64_t at = row.first;
   for (int64_t column = 0; column < columns; column += SCALE_COLUMNS) {
     const int64_t end = columns - column < SCALE_COLUMNS ? columns : column + SCALE_COLUMNS;
     // Two sums, so that a multiply-add need not wait for the one before it.
-    Eight even[M] = {}, odd[M] = {};
-    for (int64_t c = column; c < end; c += 16) {
-      const unsigned bits = row.mask[c / 8], more = c + 8 < end ? row.mask[c / 8 + 1] : 0;
+    Vec even[M] = {}, odd[M] = {};
+    for (int64_t c = column; c < end; c += 2 * PIECE) {
+      const unsigned bits = piece_bits(row, c, end), more = piece_bits(row, c + PIECE, end);
       const int64_t second = at + __builtin_popcount(bits);
-      const Eight w0 = expand8<kind>(row.values, at, row.total, bits);
-      const Eight w1 = expand8<kind>(row.values, second, row.total, more);
+      const Vec w0 = expand_piece<kind>(row.values, at, row.total, bits);
+      const Vec w1 = expand_piece<kind>(row.values, second, row.total, more);
       at = second + __builtin_popcount(more);
-      for (int t = 0; t < M; t++) even[t] += w0 * load8(x + t * x_step + c);
-      for (int t = 0; t < M; t++) odd[t] += w1 * load8(x + t * x_step + c + 8);
+      for (int t = 0; t < M; t++) even[t] += w0 * load(x + t * x_step + c);
+      for (int t = 0; t < M; t++) odd[t] += w1 * load(x + t * x_step + c + PIECE);
     }
     const float scale = IS_INTEGER[kind] ? bf16_value(row.scale[column / SCALE_COLUMNS]) : 1.0f;
     for (int t = 0; t < M; t++) total[t] += (even[t] + odd[t]) * scale;
   }
-  for (int t = 0; t < M; t++) y[t * y_step] = sum8(total[t]);
+  for (int t = 0; t < M; t++) y[t * y_step] = sum_piece(total[t]);
 }
 
 template <Kind kind>
@@ -89,6 +95,18 @@ static void row_lanes(const Row &row, int64_t columns, const float *x, int64_t x
   for (int64_t t = 0; t < count; t += 8, x += 8 * x_step, y += 8 * y_step) {
     const int64_t some = count - t < 8 ? count - t : 8;
     FOR_NUMBER(some, row_few<kind, N>(row, columns, x, x_step, y, y_step));
+  }
+}
+
+template <Kind kind>
+static void row_dense(const Row &row, int64_t columns, float *y) {
+  int64_t at = row.first;
+  for (int64_t c = 0; c < columns; c += PIECE) {
+    const unsigned bits = piece_bits(row, c, columns);
+    const float scale = IS_INTEGER[kind] ? bf16_value(row.scale[c / SCALE_COLUMNS]) : 1.0f;
+    const Vec piece = expand_piece<kind>(row.values, at, row.total, bits) * scale;
+    at += __builtin_popcount(bits);
+    __builtin_memcpy(y + c, &piece, 4 * (columns - c < PIECE ? columns - c : PIECE));
   }
 }
 #endif

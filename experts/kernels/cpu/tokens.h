@@ -6,6 +6,7 @@
 
 static constexpr int64_t BLOCK = 8 * WIDTH < 64 ? 8 * WIDTH : 64;
 static constexpr int64_t STEP = 2 * CHUNK;
+static constexpr int64_t SPAN = 512;
 static constexpr int64_t MOST_WORDS = 4;
 
 // The kept values of lane `r` of one group of a tile.
@@ -65,7 +66,7 @@ static void row_step(const uint8_t *values, int64_t first, const uint64_t *words
                      float scale, const float *x, float *sums) {
   Vec sum[V];
   for (int j = 0; j < V; j++) sum[j] = load(sums + j * WIDTH);
-#if defined(MOIETY_EXPAND8)
+#if defined(MOIETY_EXPAND)
   if constexpr (V <= 4) {
     // With few vectors a mispredicted end of a loop costs as much as the products in it, so the
     // columns of all words are listed before. Two sums, so that no product waits for the other.

@@ -29,6 +29,43 @@ static inline Vec load_half(const uint8_t *at) {
   return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
 }
 
+// Lanes to choose from two vectors so that 1, 2, 4 or 8 lanes trade places with as many vectors.
+struct Trades {
+  int32_t first[4][16], second[4][16];
+};
+
+static constexpr Trades all_trades() {
+  Trades trades = {};
+  for (int stage = 0; stage < 4; stage++) {
+    for (int lane = 0; lane < 16; lane++) {
+      const bool high = lane >> stage & 1;
+      const int other = lane ^ 1 << stage;
+      trades.first[stage][lane] = high ? 16 + other : lane;
+      trades.second[stage][lane] = high ? 16 + lane : other;
+    }
+  }
+  return trades;
+}
+
+alignas(64) static constexpr Trades TRADES = all_trades();
+
+// Rows become columns.
+#define MOIETY_SQUARES
+static inline void turn_square(Vec *square) {
+#pragma GCC unroll 4
+  for (int stage = 0; stage < 4; stage++) {
+    const __m512i first = _mm512_load_si512(TRADES.first[stage]);
+    const __m512i second = _mm512_load_si512(TRADES.second[stage]);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+      if (i >> stage & 1) continue;
+      const __m512 a = (__m512)square[i], b = (__m512)square[i + (1 << stage)];
+      square[i] = (Vec)_mm512_permutex2var_ps(a, first, b);
+      square[i + (1 << stage)] = (Vec)_mm512_permutex2var_ps(a, second, b);
+    }
+  }
+}
+
 // The kept values of the 16 rows of one group of a tile.
 template <Kind kind>
 static inline void pair(const uint8_t *group, int, Vec &v0, Vec &v1) {
@@ -50,6 +87,38 @@ static inline void pair(const uint8_t *group, int, Vec &v0, Vec &v1) {
     v0 = (Vec)_mm512_cvtepi32_ps((__m512i)((both & 15) - 8));
     v1 = (Vec)_mm512_cvtepi32_ps((__m512i)((both >> 4) - 8));
   }
+}
+
+// Values of a row from `at` on; int4 reads a ninth byte.
+static constexpr int64_t PIECE = 16;
+template <Kind kind>
+static inline Vec values_from(const uint8_t *values, int64_t at) {
+  if constexpr (kind == BF16) return load_bf16(values + 2 * at);
+  if constexpr (kind == FP16) return load_half(values + 2 * at);
+  if constexpr (kind == FP32) return load((const float *)(values + 4 * at));
+  if constexpr (kind == INT8) return load_bytes(values + at);
+  const int first = 4 * (at % 2);
+  uint64_t halves;
+  __builtin_memcpy(&halves, values + at / 2, 8);
+  if (first) halves = halves >> 4 | (uint64_t)values[at / 2 + 8] << 60;
+  const Int places = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
+  const int low = (int)halves, high = (int)(halves >> 32);
+  const Int both = {low, low, low, low, low, low, low, low,
+                    high, high, high, high, high, high, high, high};
+  return (Vec)_mm512_cvtepi32_ps((__m512i)((both >> places & 15) - 8));
+}
+
+// Puts the first values where bits are set, zeros elsewhere.
+static inline Vec place(Vec values, unsigned bits) {
+  return (Vec)_mm512_maskz_expand_ps((uint16_t)bits, (__m512)values);
+}
+
+static inline float sum_piece(Vec v) {
+  float lanes[16];
+  store(lanes, v);
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+  return lanes[0];
 }
 
 #if defined(MOIETY_BF16_PAIRS)

@@ -20,8 +20,8 @@ int64_t moiety_tile_bytes(int32_t kind, int64_t rows, int64_t columns);
 int32_t moiety_tile(const Matrix *from, int32_t threads, uint8_t *tiles);
 int32_t moiety_untile(const Matrix *from, int32_t threads, uint8_t *values, uint8_t *mask,
                       uint16_t *scale);
-int32_t moiety_expand(const Matrix *from, int64_t which, int32_t threads, int32_t bf16,
-                      void *dense);
+int32_t moiety_dense(int32_t isa, const Matrix *from, int64_t which, int32_t threads,
+                      int32_t bf16, void *dense);
 int32_t moiety_forward(int32_t isa, int32_t threads, const Matrix *gate_up, const Matrix *down,
                        int32_t activation, const Tokens *x, const Routes *routes,
                        const void *base, void *out);

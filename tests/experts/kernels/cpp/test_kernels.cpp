@@ -174,12 +174,14 @@ void test_gated(int32_t isa, int32_t kind, const Sizes &sizes) {
 bool holds(const Packed &p, const Matrix &m, int64_t parts, bool bf16) {
   const int64_t size = m.rows * m.columns;
   bool same = true;
-  for (int64_t which = 0; which < p.count * parts; which++) {
-    Values dense(bf16, size, nullptr);
-    if (moiety_expand(&m, which, 2, bf16, dense.data()) != OK) return false;
-    for (int64_t i = 0; i < size; i++) {
-      const float expected = (float)p.dense[which * size + i];
-      same = same && dense[i] == (bf16 ? of_bf16(to_bf16(expected)) : expected);
+  for (int32_t isa : supported()) {
+    for (int64_t which = 0; which < p.count * parts; which++) {
+      Values dense(bf16, size, nullptr);
+      if (moiety_dense(isa, &m, which, 2, bf16, dense.data()) != OK) return false;
+      for (int64_t i = 0; i < size; i++) {
+        const float expected = (float)p.dense[which * size + i];
+        same = same && dense[i] == (bf16 ? of_bf16(to_bf16(expected)) : expected);
+      }
     }
   }
   return same;
@@ -221,8 +223,9 @@ void refuses(const Packed &p, const std::string &what, bool tiles_only) {
   const int32_t expected = tiles_only ? OK : BAD_MASK;
   const Matrix m = p.matrix();
   Values dense(false, p.rows * p.columns, nullptr);
-  tally.expect(moiety_expand(&m, 0, 2, 0, dense.data()) == expected, what + ": expanded");
   for (int32_t isa : supported()) {
+    const int32_t status = moiety_dense(isa, &m, 0, 2, 0, dense.data());
+    tally.expect(status == expected, what + ": expanded");
     for (int64_t tokens : {1, 9, 40}) {
       Problem q = {};
       q.down = &p;
@@ -285,10 +288,12 @@ void test_arguments() {
   uint8_t byte;
   tally.expect(moiety_tile(&narrow, 1, &byte) == BAD_ARGUMENT, "6 columns were tiled");
   Problem q = linear(p, "2:4", false, 2, random);
-  Values out(false, 2 * p.rows, nullptr);
+  Values out(false, 2 * p.rows, nullptr), dense(false, p.rows * p.columns, nullptr);
   for (int32_t isa = -1; isa <= 5; isa++) {
     const int32_t expected = moiety_has(isa) ? OK : BAD_ARGUMENT;
     tally.expect(call(q, isa, 1, 2, nullptr, p.matrix(), out) == expected, "isa");
+    const Matrix m = p.matrix();
+    tally.expect(moiety_dense(isa, &m, 0, 1, 0, dense.data()) == expected, "isa of expand");
   }
   tally.expect(!moiety_has(-1) && moiety_has(PORTABLE) && !moiety_has(5), "moiety_has");
   tally.expect(call(q, PORTABLE, 0, 2, nullptr, p.matrix(), out) == BAD_ARGUMENT, "0 threads");
