@@ -59,6 +59,10 @@ class Reported:
         retention: Retention | str | Path | None = None,
     ) -> "Reported":
         """The report of a trace and of what else is known; see `report`."""
+        if results is not None and not isinstance(results, Mapping):
+            raise InputError(
+                f"expected results to be a mapping of measures, but it is {type(results).__name__}"
+            )
         opened, folder = Trace.open(Path(trace)), Path(trace)
         evidence = Evidence(
             summary=summarise(opened, own_expert),

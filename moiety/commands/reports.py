@@ -57,7 +57,7 @@ def report(
     if out is not None:
         check_form(out)
     of_one = {"results": results, "counterfactuals": counterfactuals, "retention": retention}
-    _check_options(other, of_one, gate_swap)
+    _check_options(other, of_one, gate_swap, figure_format)
     if other is not None:
         made = Reported.compare(trace, other, gate_swap)
     else:
@@ -74,9 +74,14 @@ def report(
 
 
 def _check_options(
-    other: Path | None, of_one: Mapping[str, Path | None], gate_swap: Path | None
+    other: Path | None,
+    of_one: Mapping[str, Path | None],
+    gate_swap: Path | None,
+    figure_format: str,
 ) -> None:
     """Refuse what the report asked for has no place for."""
+    if figure_format not in ("svg", "png"):
+        raise InputError(f"--figure-format must be svg or png, but it is {figure_format!r}")
     if other is None and gate_swap is not None:
         raise InputError("expected two traces with --gate-swap, but there is one")
     given = [f"--{name}" for name, path in of_one.items() if path is not None]

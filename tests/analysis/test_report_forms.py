@@ -149,6 +149,9 @@ def test_the_command_writes_only_what_is_asked_for(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     _, log = moiety("report", trace, "--json", "--out", tmp_path / "r.csv")
     assert "r.csv" in log and (tmp_path / "r.csv").is_file()
+    (tmp_path / "list.json").write_text("[1]")
+    _, log = moiety("report", trace, "--results", tmp_path / "list.json", code=2)
+    assert "mapping of measures, but it is list" in log
     _, log = moiety("report", trace, "--gate-swap", tmp_path / "r.csv", code=2)
     assert "two traces with --gate-swap" in log
     _, log = moiety("report", trace, trace, "--retention", tmp_path / "r.csv", code=2)
