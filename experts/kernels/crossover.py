@@ -15,7 +15,7 @@ from moiety.experts.kernels.weights import Weights
 # Below so many elements a product takes no longer than the calls around it.
 SMALLEST = 1 << 18
 # Tokens of one matrix from which on it is expanded, by layout.
-DENSE_FROM = {"rows": 5, "tiled": 1024}
+DENSE_FROM = {"rows": 32, "tiled": 1024}
 
 
 def better_dense(input_TI: Tensor, weights: Weights, tokens: float) -> bool:
