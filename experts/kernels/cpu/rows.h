@@ -106,7 +106,10 @@ static void row_dense(const Row &row, int64_t columns, float *y) {
     const float scale = IS_INTEGER[kind] ? bf16_value(row.scale[c / SCALE_COLUMNS]) : 1.0f;
     const Vec piece = expand_piece<kind>(row.values, at, row.total, bits) * scale;
     at += __builtin_popcount(bits);
-    __builtin_memcpy(y + c, &piece, 4 * (columns - c < PIECE ? columns - c : PIECE));
+    if (columns - c >= PIECE)
+      store(y + c, piece);
+    else
+      __builtin_memcpy(y + c, &piece, 4 * (columns - c));
   }
 }
 #endif
