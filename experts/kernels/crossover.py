@@ -1,8 +1,7 @@
 """When a matrix is expanded for torch's dense product instead of multiplied as it is stored.
 
 Only where the CPU multiplies bf16 with AMX, whose products of many tokens are bound by arithmetic
-that knows no sparsity. The rows layout has no AMX kernel at all, so there it pays early. Measured
-on Emerald Rapids: docs/kernels.md has the figures.
+that knows no sparsity. Measured on Emerald Rapids: docs/kernels.md has the figures.
 """
 
 import torch
@@ -14,8 +13,8 @@ from moiety.experts.kernels.weights import Weights
 
 # Below so many elements a product takes no longer than the calls around it.
 SMALLEST = 1 << 18
-# Tokens of one matrix from which on it is expanded, by layout.
-DENSE_FROM = {"rows": 32, "tiled": 1024}
+# Tokens of one matrix from which on it is expanded.
+DENSE_FROM = 1024
 
 
 def better_dense(input_TI: Tensor, weights: Weights, tokens: float) -> bool:
@@ -26,5 +25,5 @@ def better_dense(input_TI: Tensor, weights: Weights, tokens: float) -> bool:
         and kernels.best == Isa.AMX
         and input_TI.dtype == torch.bfloat16
         and weights.rows * weights.columns >= SMALLEST
-        and tokens >= DENSE_FROM[weights.layout]
+        and tokens >= DENSE_FROM
     )

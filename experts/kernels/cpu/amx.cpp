@@ -7,7 +7,7 @@
 
 #include "intrinsics.h"
 
-MOIETY_TARGET("avx2,fma,f16c,popcnt,bmi,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
+MOIETY_TARGET("avx2,fma,f16c,popcnt,bmi,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi2,amx-tile,amx-bf16")
 namespace amx {
 
 #define MOIETY_BF16_PAIRS
@@ -22,6 +22,6 @@ namespace amx {
 }  // namespace amx
 MOIETY_TARGET_END
 
-constexpr Kernels amx_kernels = amx::kernels_with(16, 4, nullptr, 4, amx::panels);
+constexpr Kernels amx_kernels = amx::kernels_with(16, 0, nullptr, 4, amx::panels);
 
 #endif

@@ -16,11 +16,11 @@
 // AMX's registers are 8 KB, so Linux gives them only to processes that ask.
 static bool allowed_amx() {
 #if defined(__linux__)
-  constexpr unsigned TILE = 1u << 24, BF16_PRODUCTS = 1u << 22;
+  constexpr unsigned TILE = 1u << 24, BF16_PRODUCTS = 1u << 22, EXPANSION = 1u << 6;
   constexpr int REQUEST = 0x1023, TILE_DATA = 18;
   unsigned a, b, c, d;
   const bool known = __get_cpuid_count(7, 0, &a, &b, &c, &d);
-  return known && (d & TILE) && (d & BF16_PRODUCTS) &&
+  return known && (c & EXPANSION) && (d & TILE) && (d & BF16_PRODUCTS) &&
          syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 #else
   return false;

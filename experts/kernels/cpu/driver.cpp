@@ -101,9 +101,9 @@ class Forward {
   Mode mode_of(int64_t tokens) const {
     const bool tiles = call_.down->layout == TILES;
     const int32_t kind = call_.down->kind;
-    const bool bf16 = call_.x.bf16 && tiles && kind != FP16 && kind != FP32;
-    if (bf16 && k_.panels && tokens > k_.few_panels) return PANELS;
-    if (bf16 && k_.dots) return DOTS;
+    const bool bf16 = call_.x.bf16 && kind != FP16 && kind != FP32;
+    if (bf16 && k_.panels && tokens > (tiles ? k_.few_panels : k_.few_rows)) return PANELS;
+    if (bf16 && tiles && k_.dots) return DOTS;
     return tokens <= (tiles ? k_.few_tiles : k_.few_rows) ? LANES : BLOCKS;
   }
 
@@ -249,10 +249,9 @@ class Forward {
     if (job.mode == BLOCKS) return k_.tokens(m, which, row, rows, x, width, job.count, y);
     if (job.mode == LANES)
       return k_.lanes(m, which, row, rows, x, width, job.count, y, most_rows(job));
-    if (job.mode == DOTS)
-      k_.dots(m, which, row, rows, (const uint16_t *)x, width, job.count, y, most_rows(job));
-    else
-      k_.panels(m, which, row, rows, (const uint16_t *)x, width, job.count, y);
+    if (job.mode == PANELS)
+      return k_.panels(m, which, row, rows, (const uint16_t *)x, width, job.count, y);
+    k_.dots(m, which, row, rows, (const uint16_t *)x, width, job.count, y, most_rows(job));
     return true;
   }
 

@@ -51,6 +51,33 @@ static inline __m512 emulated_mm512_maskz_expand_ps(uint16_t mask, __m512 from) 
   return (__m512)to;
 }
 
+static inline __m512i emulated_mm512_maskz_expand_epi16(uint32_t mask, __m512i from) {
+  typedef uint16_t Words __attribute__((vector_size(64)));
+  Words to = {};
+  for (int i = 0, at = 0; i < 32; i++)
+    if (mask >> i & 1) to[i] = ((Words)from)[at++];
+  return (__m512i)to;
+}
+
+static inline __m256i emulated_mm256_maskz_expand_epi8(uint32_t mask, __m256i from) {
+  typedef uint8_t Bytes __attribute__((vector_size(32)));
+  Bytes to = {};
+  for (int i = 0, at = 0; i < 32; i++)
+    if (mask >> i & 1) to[i] = ((Bytes)from)[at++];
+  return (__m256i)to;
+}
+
+static inline __m256i emulated_mm512_cvtepi32_epi16(__m512i from) {
+  typedef int16_t Words __attribute__((vector_size(32)));
+  return (__m256i)__builtin_convertvector((Emulated16)from, Words);
+}
+
+#undef _mm512_maskz_expand_epi16
+#define _mm512_maskz_expand_epi16 emulated_mm512_maskz_expand_epi16
+#undef _mm256_maskz_expand_epi8
+#define _mm256_maskz_expand_epi8 emulated_mm256_maskz_expand_epi8
+#undef _mm512_cvtepi32_epi16
+#define _mm512_cvtepi32_epi16 emulated_mm512_cvtepi32_epi16
 #undef _mm512_maskz_expand_ps
 #define _mm512_maskz_expand_ps emulated_mm512_maskz_expand_ps
 #undef _mm512_cvtepi8_epi32

@@ -25,11 +25,12 @@ struct Kernels {
   void (*dots)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
                int64_t x_step, int64_t count, float *y, int64_t y_step);
 
-  // As `dots` for more than `few_panels` tokens in panels of PANEL, zeros behind them, as
-  // panels.h has them (`width` in columns, padded to whole chunks). y holds for each panel PANEL x TILE_ROWS sums for
-  // every TILE_ROWS rows. Null where the CPU has no AMX.
+  // Either layout for more than `few_panels` bf16 tokens (`few_rows` in the rows layout) in panels of
+  // PANEL, zeros behind them, as panels.h has them (`width` in columns, padded to whole chunks). y
+  // holds for each panel PANEL x TILE_ROWS sums for every TILE_ROWS rows. False as `lanes`. Null where
+  // the CPU has no AMX.
   int64_t few_panels;
-  void (*panels)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
+  bool (*panels)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
                  int64_t width, int64_t count, float *y);
 
   void (*gated)(int activation, const float *gate, const float *up, float *out, int64_t count);

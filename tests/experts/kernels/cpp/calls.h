@@ -160,7 +160,8 @@ static int32_t call(const Problem &p, int32_t isa, int32_t threads, int64_t toke
 // Whether the kernels round the gated inner values to bf16 on the way.
 static bool rounds_inner(const Problem &p, int32_t isa, const Matrix &down) {
   const bool whole = down.kind == FP16 || down.kind == FP32;
-  return isa >= AVX512_BF16 && p.gate_up && p.bf16 && down.layout == TILES && !whole;
+  const bool may = down.layout == TILES ? isa >= AVX512_BF16 : isa == AMX;
+  return may && p.gate_up && p.bf16 && !whole;
 }
 
 static void check(Tally &tally, const Problem &p, int32_t isa, int64_t tokens,
