@@ -106,7 +106,9 @@ def test_routers_that_see_the_same_read_the_text_once(
         for context, init in (([], "ridge"), ([], "logistic"), ([4], "ridge"))
     ]
     assert len(passes) == 2
-    alone = Workshop(recipe, tmp_path, sharing=False).make("routed", 1, {"context": []}, {"init": "ridge"})
+    alone = Workshop(recipe, tmp_path, sharing=False).make(
+        "routed", 1, {"context": []}, {"init": "ridge"}
+    )
     for one, other in zip(
         find_gates(made[0].composite.model), find_gates(alone.composite.model), strict=True
     ):
