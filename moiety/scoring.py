@@ -10,6 +10,8 @@ from torch.nn import functional
 from moiety.text import Windows
 
 IGNORED = -100
+PIECE = 1 << 20
+"""Logits looked at at once on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,28 @@ def token_losses(logits_WCV: Tensor, ids_WC: Tensor, mask_WC: Tensor) -> Tensor:
     """Nats of each token given those before it, (W, C) in fp32; 0 for first tokens and padding."""
     ids_WC, mask_WC = ids_WC.to(logits_WCV.device), mask_WC.to(logits_WCV.device)
     target_WC = ids_WC.masked_fill(mask_WC == 0, IGNORED)[:, 1:]
-    nats = functional.cross_entropy(
-        logits_WCV[:, :-1].flatten(0, 1).float(),
-        target_WC.flatten(),
-        reduction="none",
-        ignore_index=IGNORED,
+    if logits_WCV.requires_grad or logits_WCV.device.type != "cpu":
+        nats_WC = _nats(logits_WCV[:, :-1].flatten(0, 1), target_WC.flatten()).view_as(target_WC)
+    else:
+        nats_WC = _nats_in_pieces(logits_WCV, target_WC)
+    return functional.pad(nats_WC, (1, 0))
+
+
+def _nats(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    return functional.cross_entropy(
+        logits_NV.float(), target_N, reduction="none", ignore_index=IGNORED
     )
-    return functional.pad(nats.view_as(target_WC), (1, 0))
+
+
+def _nats_in_pieces(logits_WCV: Tensor, target_WC: Tensor) -> Tensor:
+    """The same, bit for bit, of pieces that stay in a CPU's caches."""
+    nats_WC = torch.zeros(target_WC.shape, dtype=torch.float32)
+    size = max(1, PIECE // logits_WCV.shape[-1])
+    for logits_CV, target_C, nats_C in zip(logits_WCV, target_WC, nats_WC, strict=True):
+        for start in range(0, len(target_C), size):
+            end = min(start + size, len(target_C))
+            nats_C[start:end] = _nats(logits_CV[start:end], target_C[start:end])
+    return nats_WC
 
 
 @torch.no_grad()
