@@ -105,7 +105,7 @@ def main() -> None:
         f"target at most {MOST:.0%} {met}",
         highlight=False,
     )
-    write([row], arguments.json)
+    write([row], arguments)
 
 
 if __name__ == "__main__":
