@@ -197,7 +197,7 @@ def main() -> None:
     rows = run(arguments)
     lengths = f"{arguments.prompt_tokens} prompt tokens, {arguments.new_tokens} new ones"
     show(rows, f"{arguments.target.name} with a draft, batch 1, {lengths}")
-    tables.write(rows, arguments)
+    tables.write(rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -258,6 +258,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Run all, print the tables, write the JSON if asked."""
     parser = tables.parser("decode", __doc__)
+    tables.in_pieces(parser)
     parser.add_argument("--rounds", type=int, default=3, help="the first one warms up")
     parser.add_argument("--models", type=Path, help="keep the models in this folder")
     parser.add_argument("--only", choices=("memory", "speed"), help="measure just this")
@@ -275,7 +276,7 @@ def main() -> None:
         folder = arguments.models or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         rows = run(arguments, folder)
-    tables.write(rows, arguments)
+    tables.write(rows, arguments.json, add=arguments.add)
 
 
 if __name__ == "__main__":

@@ -187,6 +187,7 @@ def _row(
 def main() -> None:
     """Run all, print the tables, write the JSON if asked."""
     parser = tables.parser("linear", __doc__)
+    tables.in_pieces(parser)
     parser.add_argument("--shapes", nargs="+", type=tables.numbers, help="as 4096x1024")
     parser.add_argument("--tokens", type=tables.numbers, default=TOKENS, help="as 1,8,64")
     parser.add_argument("--budget", type=float, default=SECONDS, help="seconds a number of tokens")
@@ -197,7 +198,7 @@ def main() -> None:
     with torch.inference_mode():
         rows = linear_rows(shapes, arguments.tokens, arguments.pattern, arguments.budget)
     tables.show(rows, f"one matrix, {arguments.pattern}")
-    tables.write(rows, arguments)
+    tables.write(rows, arguments.json, add=arguments.add)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,7 @@ def _row(
 def main() -> None:
     """Run all, print the tables, write the JSON if asked."""
     parser = tables.parser("moe_block", __doc__)
+    tables.in_pieces(parser)
     parser.add_argument("--sizes", nargs="+", type=tables.numbers, help="as 1024x4096")
     parser.add_argument("--tokens", type=tables.numbers, default=TOKENS, help="as 1,8,64")
     parser.add_argument("--budget", type=float, default=SECONDS, help="seconds a number of tokens")
@@ -153,7 +154,7 @@ def main() -> None:
     with torch.inference_mode():
         rows = block_rows(sizes, arguments.tokens, arguments.budget)
     tables.show(rows, "routed block, 2:4")
-    tables.write(rows, arguments)
+    tables.write(rows, arguments.json, add=arguments.add)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def main() -> None:
         f"{row['written']:.1f} s; loaded in {row['loaded']:.2f} s (target {SECONDS:.0f}), last figure "
         f"drawn after {row['drawn']:.2f} s. {device()}"
     )
-    write([row], arguments)
+    write([row], arguments.json)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def main() -> None:
         f"{SECONDS:.0f} s and {GIBIBYTES:.0f} GiB {'met' if met else 'missed'}",
         highlight=False,
     )
-    write([row], arguments)
+    write([row], arguments.json)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,6 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """Arguments that every benchmark takes; `applied` puts the last two into force."""
     made = argparse.ArgumentParser(prog=f"benchmarks.{module}", description=description)
     made.add_argument("--json", type=Path, help="also write the rows to this file")
-    made.add_argument("--add", action="store_true", help="keep the file's other rows")
     made.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     made.add_argument("--isa", choices=[isa.name.lower() for isa in Isa], help="of our kernels")
     made.add_argument(
@@ -143,14 +142,18 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.replace("x", ",").split(","))
 
 
-def write(rows: Rows, arguments: argparse.Namespace) -> None:
-    """The rows as JSON, if a file was named; with `--add` in place of those it has of the same case."""
-    path: Path | None = arguments.json
+def in_pieces(made: argparse.ArgumentParser) -> None:
+    """Let a table be measured in pieces."""
+    made.add_argument("--add", action="store_true", help="keep the file's other rows")
+
+
+def write(rows: Rows, path: Path | None, *, add: bool = False) -> None:
+    """The rows as JSON, if a file was named; with `add` in place of those it has of the same case."""
     if path is None:
         return
     head = {"device": device(), "threads": torch.get_num_threads(), "isa": isa()}
     kept: list[Mapping[str, Any]] = []
-    if arguments.add and path.is_file():
+    if add and path.is_file():
         before = read_json(path)
         if {name: before[name] for name in head} != head:
             raise SystemExit(f"expected rows of {head['device']} in {path}, not {before['device']}")

@@ -105,7 +105,7 @@ def main() -> None:
         f"target at most {MOST:.0%} {met}",
         highlight=False,
     )
-    write([row], arguments)
+    write([row], arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Write a checkpoint's weights tensor by tensor, so that never more than one is in memory."""
 
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -93,6 +94,7 @@ def _copy(source: BinaryIO, target: BinaryIO, left: int) -> None:
         left -= len(piece)
 
 
+@functools.cache
 def _name_of(dtype: torch.dtype) -> str:
     """What safetensors calls a dtype, as its own writer has it."""
     written = save({"of": torch.empty(0, dtype=dtype)})

@@ -20,7 +20,7 @@ from moiety.errors import InputError
 from moiety.files import check_writable, digest_of_file, read_json, sync, write_json
 
 STATE = "state.json"
-SAMPLED = 1024
+SAMPLED = 64
 """Values looked at of each tensor of a model to tell it from another."""
 
 

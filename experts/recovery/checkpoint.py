@@ -18,7 +18,7 @@ from moiety.training_state import (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class State:
     """All that a run needs to go on: step, evaluations so far, tensors by name."""
 

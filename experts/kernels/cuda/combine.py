@@ -4,32 +4,32 @@
 T tokens, A active experts, S partial sums, R routed rows, O out features.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from moiety.experts.kernels.cuda.routes import Plan
 
 _WIDTH = 512
 
 
 def combine(
     sums_SRO: Tensor,
-    plan: Plan | None,
+    row_R: Tensor | None,
     stack: int,
     weights_TA: Tensor | None,
     base_TO: Tensor | None,
-    tokens: int,
-    dtype: torch.dtype,
+    like_TI: Tensor,
+    *,
+    sorted_rows: bool,
 ) -> Tensor:
-    """`base + Σ_a w_a Σ_s sums` (T, O) in `dtype`; without a plan, row t is token t's.
+    """`base + Σ_a w_a Σ_s sums` (T, O) in the dtype of `like_TI`; without `row_R`, row t is token t's.
 
-    A route to none of the `stack` experts adds nothing.
+    `row_R` are the routes' rows if those are sorted, else their experts, each route in a row of its
+    own. A route to none of the `stack` experts adds nothing.
     """
     splits, rows, out_features = sums_SRO.shape
-    output_TO = sums_SRO.new_empty(tokens, out_features, dtype=dtype)
-    row_R = sums_SRO if plan is None else plan.row_R
+    tokens = len(like_TI)
+    output_TO = like_TI.new_empty(tokens, out_features)
+    row_R = sums_SRO if row_R is None else row_R
     _combine[(tokens, triton.cdiv(out_features, _WIDTH))](
         sums_SRO,
         row_R,
@@ -41,7 +41,7 @@ def combine(
         out_features,
         ACTIVE=1 if weights_TA is None else weights_TA.shape[1],
         SPLITS=splits,
-        PLANNED=plan is not None and plan.mode == "planned",
+        SORTED=sorted_rows,
         WEIGHTED=weights_TA is not None,
         BASE=base_TO is not None,
         WIDTH=_WIDTH,
@@ -62,7 +62,7 @@ def _combine(
     out_features,
     ACTIVE: tl.constexpr,
     SPLITS: tl.constexpr,
-    PLANNED: tl.constexpr,
+    SORTED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BASE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -76,7 +76,7 @@ def _combine(
     for slot in tl.static_range(ACTIVE):
         route = token * ACTIVE + slot
         row = route
-        if PLANNED:
+        if SORTED:
             row = tl.load(row_of_route + route).to(tl.int64)
         elif WEIGHTED:
             expert = tl.load(row_of_route + route)

@@ -103,14 +103,10 @@ class GpuKernels:
         sums_SRO = self.product(inner_RF, down, choice, plan, active=active, gather=gather)
         if plan is None and sums_SRO.dtype == input_TI.dtype:
             return sums_SRO[0]
+        row_R = None if plan is None else plan.row_R
+        planned = plan is not None and plan.mode == "planned"
         return combine(
-            sums_SRO,
-            plan,
-            down.stack,
-            weights_TA,
-            base_TO,
-            tokens,
-            input_TI.dtype,
+            sums_SRO, row_R, down.stack, weights_TA, base_TO, input_TI, sorted_rows=planned
         )
 
     def _may_be_many(self, stacks: list[Weights], input: Tensor, experts_TA: Tensor | None) -> bool:

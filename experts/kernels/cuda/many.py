@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from moiety.experts.kernels import reference
 from moiety.experts.kernels.cuda.combine import combine
-from moiety.experts.kernels.cuda.routes import Plan, sort_routes
+from moiety.experts.kernels.cuda.routes import sort_routes
 from moiety.experts.kernels.cuda.semi_structured import Products, compressed
 from moiety.experts.kernels.weights import Weights
 
@@ -92,16 +92,7 @@ class ManyTokens:
             gate_RF, up_RF = self._grouped(inner_RF, gate_up, ends).chunk(2, dim=-1)
             inner_RF = reference.activate(gate_RF, activation) * up_RF
         sums_SRO = self._grouped(inner_RF, down, ends)[None]
-        plan = Plan("planned", 0, token_R, row_R, ends, ends, ends)
-        return combine(
-            sums_SRO,
-            plan,
-            down.stack,
-            weights_TA,
-            base_TO,
-            len(input_TI),
-            input_TI.dtype,
-        )
+        return combine(sums_SRO, row_R, down.stack, weights_TA, base_TO, input_TI, sorted_rows=True)
 
     def _grouped(self, input_RI: Tensor, weights: Weights, ends: Tensor) -> Tensor:
         dense_EIO = self._expand(weights, input_RI.dtype).transpose(1, 2)
