@@ -43,8 +43,9 @@ class FitSettings:
     `stitch` is how many windows that switch domain are read for each of a domain's own, 0 for
     none, and `shortest` the fewest tokens between two switches; `tokens` is how many of each label
     are summed up at most, and so how much text is read, `held_back_tokens` how many of each
-    domain the solution is scored on, `logistic_tokens` how many of each label "logistic" looks at; `minimum_tokens` is what every own expert needs;
-    `batch_size` counts windows; `seed` is for "random" and for stitching.
+    domain the solution is scored on, `logistic_tokens` how many of each label "logistic" looks at;
+    `minimum_tokens` is what every own expert needs; `batch_size` counts windows; `seed` is for
+    "random" and for stitching.
     """
 
     method: Method = "logistic"
@@ -102,8 +103,9 @@ def fit(
 
     Weights change in place and keep their dtype; nothing else in the model changes, but for
     selection biases, which start at 0 again. Three quarters of a domain's documents give the
-    statistics, as far as `tokens` of them go; the rest choose the scale of the logits (the controls "random",
-    "prompts" and "zeros" keep scale 1) and measure accuracy. A domain with fewer than four windows is used for both.
+    statistics, as far as `tokens` of them go; the rest choose the scale of the logits (the controls
+    "random", "prompts" and "zeros" keep scale 1) and measure accuracy. A domain with fewer than
+    four windows is used for both.
     `weights`, by the gates' names, are scaled and written as they are (`initialise.arrow`);
     `statistics` of an earlier `collect` on `labelled.hold_back(data)[0]` save its pass.
     Raises InputError for gates that are not linear or have nothing to fit, absolute scores

@@ -24,7 +24,8 @@ class RoutingSummary(Shown):
     """The statistics of one trace; domains, layers and experts in the order of `header`.
 
     Balance: `load_LE` share of all routes (of all weight where every token goes to every expert),
-    `max_violation_L` its MaxVio, `load_entropy_L` its entropy over that of an even load, `entropy_DL` mean entropy of the gates in nats.
+    `max_violation_L` its MaxVio, `load_entropy_L` its entropy over that of an even load,
+    `entropy_DL` mean entropy of the gates in nats.
     Shares: `share_DLE` mean routing weight, `top_share_DLE` share of tokens by first expert,
     `chosen_share_DLE` share of tokens that chose the expert at all (chance: active / experts).
 

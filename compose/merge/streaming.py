@@ -1,5 +1,6 @@
 """Merge by mergekit's methods in memory, tensor by tensor, in fp32 and by a seed."""
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -67,10 +68,11 @@ def streamed(
     Those in `exact` stay in the dtype they are merged in (fp32 or wider).
     """
     check_merging(merging, list(finetunes))
+    is_elementwise = functools.cache(lambda: _is_elementwise(merging, list(finetunes)))
     for name in names:
         tensors = {BASE: base[name], **{own: ft[name] for own, ft in finetunes.items()}}
         dtype = None if name in exact else tensors[BASE].dtype
-        if _is_large(tensors) and _is_elementwise(merging, list(finetunes)):
+        if _is_large(tensors) and is_elementwise():
             yield name, _in_blocks(tensors, merging, name, dtype)
         else:
             result = merge_one(tensors, merging, name, seed)

@@ -1,5 +1,5 @@
 // A row's columns from its kept values and the bits of its mask, PIECE columns at a time: all the
-// AVX instruction sets, which bring `values_from` and `place`.
+// AVX instruction sets, which bring `codes_from` (int4) and `place`.
 
 // For every byte of a mask its kept columns, one after the other.
 struct Columns {
@@ -29,6 +29,16 @@ static inline int64_t columns_of(const uint64_t *words, int64_t some, uint16_t *
     count += __builtin_popcount(bits);
   }
   return count;
+}
+
+// PIECE values of a row from `at` on; int4 reads a byte more.
+template <Kind kind>
+static inline Vec values_from(const uint8_t *values, int64_t at) {
+  if constexpr (kind == BF16) return load_bf16(values + 2 * at);
+  if constexpr (kind == FP16) return load_half(values + 2 * at);
+  if constexpr (kind == FP32) return load((const float *)(values + 4 * at));
+  if constexpr (kind == INT8) return load_bytes(values + at);
+  return codes_from(values, at);
 }
 
 // A matrix's last values, where a piece at once would read past its end.

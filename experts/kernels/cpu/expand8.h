@@ -26,13 +26,8 @@ static constexpr Ranks all_ranks() {
 
 alignas(64) static constexpr Ranks RANKS = all_ranks();
 
-// Values of a row from `at` on; int4 reads a fifth byte.
-template <Kind kind>
-static inline Vec values_from(const uint8_t *values, int64_t at) {
-  if constexpr (kind == BF16) return load_bf16(values + 2 * at);
-  if constexpr (kind == FP16) return load_half(values + 2 * at);
-  if constexpr (kind == FP32) return load((const float *)(values + 4 * at));
-  if constexpr (kind == INT8) return load_bytes(values + at);
+// int4 values of a row from `at` on; it reads a fifth byte.
+static inline Vec codes_from(const uint8_t *values, int64_t at) {
   const uint8_t *from = values + at / 2;
   const uint64_t halves = load_u32(from) | (uint64_t)from[4] << 32;
   const __m256i spread = _mm256_set1_epi32((int)(halves >> 4 * (at % 2)));

@@ -89,14 +89,9 @@ static inline void pair(const uint8_t *group, int, Vec &v0, Vec &v1) {
   }
 }
 
-// Values of a row from `at` on; int4 reads a ninth byte.
+// int4 values of a row from `at` on; it reads a ninth byte.
 static constexpr int64_t PIECE = 16;
-template <Kind kind>
-static inline Vec values_from(const uint8_t *values, int64_t at) {
-  if constexpr (kind == BF16) return load_bf16(values + 2 * at);
-  if constexpr (kind == FP16) return load_half(values + 2 * at);
-  if constexpr (kind == FP32) return load((const float *)(values + 4 * at));
-  if constexpr (kind == INT8) return load_bytes(values + at);
+static inline Vec codes_from(const uint8_t *values, int64_t at) {
   const int first = 4 * (at % 2);
   uint64_t halves;
   __builtin_memcpy(&halves, values + at / 2, 8);
