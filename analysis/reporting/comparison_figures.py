@@ -55,7 +55,7 @@ def agreement(found: Comparison) -> Figure:
     return Figure(
         name="agreement",
         title="Agreement whatever the experts' numbers",
-        spec=over_layers("adjusted mutual information", data, len(found.layers), ".2f"),
+        spec=over_layers("adjusted mutual information", data, len(found.layers)),
         note="1: the same partition of tokens; 0: chance.",
         summary="A line over layers.",
     )

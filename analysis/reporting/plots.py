@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 from moiety.analysis.charts import MARGINS, ROW_HEIGHT, label
 from moiety.analysis.results import Interval
 
+DIGITS = ".3~r"
+"""d3's format of three significant digits, which tells small numbers from 0 and each other."""
+
 MOST_LABELLED = 12
 DIVERGING, GROWING = "diverging", "growing"
 ACCENTS = ("first", "second", "third", "fourth")
@@ -104,7 +107,7 @@ def band(name: str, low: Sequence[float], high: Sequence[float]) -> list[dict[st
 
 
 def over_layers(
-    title: str, data: Sequence[dict[str, Any]], layers: int, form: str
+    title: str, data: Sequence[dict[str, Any]], layers: int, form: str = DIGITS
 ) -> dict[str, Any]:
     """Lines by layer."""
     made = layout("layer", title, 300)

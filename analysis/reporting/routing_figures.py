@@ -41,7 +41,7 @@ def information(summary: RoutingSummary) -> Figure:
     return Figure(
         name="information",
         title="Information about the domain, by layer",
-        spec=over_layers("NMI", data, len(layers), ".2f"),
+        spec=over_layers("NMI", data, len(layers)),
         note="Normalised mutual information of expert and domain. Over the dotted line: more than chance.",
         summary="A line over layers; the table of layers has its values.",
     )
@@ -70,7 +70,7 @@ def token_identity(summary: RoutingSummary) -> Figure:
     return Figure(
         name="token-identity",
         title="Domain, or only its words?",
-        spec=over_layers("nats", data, len(whole), ".2f"),
+        spec=over_layers("nats", data, len(whole)),
         note="I(expert; domain), and I(expert; domain | token): what no vocabulary explains. Both "
         "corrected for bias; chance: how far 95% of permutations stay above their mean.",
         summary="Two lines over layers, the lower one with the token known.",
@@ -141,7 +141,7 @@ def flow_profile(summary: RoutingSummary) -> Figure | None:
     return Figure(
         name="flow-profile",
         title="Does a layer follow the one before?",
-        spec=over_layers("NMI", data, len(summary.flow.nmi_L), ".2f"),
+        spec=over_layers("NMI", data, len(summary.flow.nmi_L)),
         note="Between the first experts of layer and next layer.",
         summary="Two lines over layers: observed, and by chance.",
     )
@@ -156,7 +156,7 @@ def positions(summary: RoutingSummary) -> Figure:
         {**curve("entropy of the gates", found.entropy_BL.mean(1).tolist()), "x": places},
         {**curve("loss", found.loss_B.tolist(), accent="second"), "x": places},
     ]
-    spec = over_layers("nats", data, len(found.first_B), ".2f")
+    spec = over_layers("nats", data, len(found.first_B))
     spec["layout"]["xaxis"] = {
         "title": {"text": "position in the window"},
         "fixedrange": True,
