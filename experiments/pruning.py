@@ -5,7 +5,8 @@
 
 Each cell prunes all finetunes of the recipe, each on its own domain's calibration text, and
 measures the loss of the result on every domain's held-out text. Cells already in the file are
-kept; `--part 1/2` measures every second one, to share the work among processes.
+kept; `--part 1/2` measures every second one, to share the work among processes. `--device cuda`
+does it all on a GPU.
 """
 
 import argparse
@@ -62,7 +63,7 @@ ALL_TEXT = 300
 LONGER: dict[str, dict[str, Any]] = {
     f"{method} + refit + block recovery on all text": {
         "method": method,
-        "recovery": BlockRecovery(epochs=8),
+        "recovery": BlockRecovery(),
         "windows": ALL_TEXT,
     }
     for method in ("sparsegpt", "alps")
@@ -129,6 +130,7 @@ class Lab:
 
     recipe: Recipe
     held_out: int = HELD_OUT_WINDOWS
+    device: str = "cpu"
     windows: dict[str, Windows] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -151,7 +153,7 @@ class Lab:
     def losses(self, weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Nats per token of each domain's held-out text."""
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            self.recipe.base, dtype=torch.float32
+            self.recipe.base, dtype=torch.float32, device_map=self.device
         )
         state = model.state_dict()
         for name, tensor in weights.items():
@@ -164,6 +166,7 @@ class Lab:
             **{
                 "context_length": self.recipe.context_length,
                 "windows": self.recipe.calibration_windows,
+                "device": self.device,
                 **cell.settings,
             }
         )
@@ -257,10 +260,11 @@ def main() -> None:
     parser.add_argument("--match", help="only cells whose key holds one of these, comma-separated")
     parser.add_argument("--held-out", type=int, default=HELD_OUT_WINDOWS, help="windows a domain")
     parser.add_argument("--part", default="1/1", help="which part of how many")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     progress = ConsoleProgress()
-    lab = Lab(Recipe.read(arguments.recipe), arguments.held_out)
+    lab = Lab(Recipe.read(arguments.recipe), arguments.held_out, arguments.device)
     results = started(arguments.out, _measured_how(lab), lambda: controls(lab))
     check_same_models(lab, results["controls"]["base"])
     part, parts = map(int, arguments.part.split("/"))
@@ -279,6 +283,7 @@ def _measured_how(lab: Lab) -> dict[str, Any]:
         "calibration_windows": lab.recipe.calibration_windows,
         "held_out_windows": lab.held_out,
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if lab.device != "cpu" else "CPU",
     }
 
 

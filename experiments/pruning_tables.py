@@ -15,18 +15,20 @@ from moiety.files import read_json
 
 Cells = Sequence[Mapping[str, Any]]
 WIDTH = 100
+SAME = 0.00005
 DIFFERENT = ("base", "shared", "distil")
 HEADING = "# What pruning costs, measured"
 INTRODUCTION = """
 The demo's finetunes ({names}), each calibrated on its own domain's text ({calibration} windows
 unless a row says otherwise) and measured on held-out text of every domain ({windows} windows a
-domain, context {context}, seed {seed}, torch {torch}). Losses are nats per token. Own domain: mean
-over the finetunes. Other domains: mean over all pairs of a finetune and another domain. Controls:
+domain or all there are, context {context}, seed {seed}, torch {torch}, {device}). Losses are nats
+per token. Own domain: mean over the finetunes. Other domains: mean over all pairs of a finetune and another domain. Controls:
 base {base:.4f} on the same text; dense finetunes {home:.4f} at home, {away:.4f} away. Everything
 below is the difference to the dense finetunes; empty cells were not measured. {repeated} These are
 models of 4 million parameters; large ones will have gaps of another size. To run it again:
-`moiety demo`, then `python -m experiments.pruning moiety-demo/recipe.yaml`, then
-`python -m experiments.pruning_tables experiments/pruning.json`.
+`moiety demo`, then `python -m experiments.pruning moiety-demo/recipe.yaml --held-out {windows}`
+(with `--device cuda` on a GPU), then `python -m experiments.pruning_tables
+experiments/pruning.json`.
 """
 
 
@@ -132,6 +134,8 @@ class Page:
             return ""
         mean = max(_spread([own(one) for one in losses]) for losses in again)
         single = max(_spread([one[d][d] for one in losses]) for losses in again for d in self.dense)
+        if single < SAME:
+            return f"{len(again)} settings were measured more than once, each time with one result."
         return (
             f"{len(again)} settings were measured more than once, in runs that did not round alike "
             "(another number of threads does that): results at home differ by up to "
@@ -171,6 +175,7 @@ class Page:
                 context=results["context_length"],
                 seed=results["seed"],
                 torch=results["torch"],
+                device=results["device"],
                 base=statistics.mean(base.values()),
                 home=own(self.dense),
                 away=away(self.dense),

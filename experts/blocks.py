@@ -152,12 +152,12 @@ class BlockPruner:
 
     def _of_base(self, name: str) -> Tensor:
         assert self.base is not None
-        return self.base[f"{name}.weight"].float()
+        return self.base[f"{name}.weight"].to(self.stream.device, torch.float32)
 
     def _mask(self, name: str, columns: int) -> Tensor | None:
         if self.masks is None:
             return None
-        return unpack_bits(self.masks[f"{name}.weight_mask"], columns)
+        return unpack_bits(self.masks[f"{name}.weight_mask"].to(self.stream.device), columns)
 
     def _recovered(
         self,
@@ -181,7 +181,7 @@ class BlockPruner:
 
     @torch.no_grad()
     def _install(self, name: str, linear: nn.Linear, packed: Packed) -> None:
-        weight_OI = packed.dense().float()
+        weight_OI = packed.dense().to(self.stream.device, torch.float32)
         if self.base is not None:
             weight_OI += self._of_base(name)
         linear.weight.copy_(weight_OI)

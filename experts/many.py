@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import PartialState
 
 from moiety.errors import InputError
 from moiety.experts.checkpoint import local_folder
+from moiety.experts.device import CPU, CUDA, check_device
 from moiety.experts.preflight import check_combination, check_same_shape
 from moiety.experts.prune import PruneReport, prune, read_report
 from moiety.experts.settings import PruneSettings
@@ -45,8 +46,9 @@ def prune_many(
 ) -> dict[str, PruneReport]:
     """Prune each finetune into `out/NAME`; gives the reports by name.
 
-    Started by `accelerate launch` or torchrun, every process takes its share; with equally many
-    threads a process, the files are those of a single process. With `shared_mask`, a base model,
+    Started by `accelerate launch` or torchrun, every process takes its share, on a GPU of its own
+    if the device is `cuda`; with equally many threads a process, the files are those of a single
+    process. With `shared_mask`, a base model,
     one mask is chosen on that base with the text of all finetunes (kept as `out/shared-mask`) and
     every finetune's values are fitted to it, so that any weighted sum of the results still
     follows the pattern. Started again, it goes on; what is done is not done again. Raises as
@@ -59,9 +61,12 @@ def prune_many(
         raise InputError(
             "expected masks or a base to choose a shared mask on, not both; leave one of them out"
         )
+    check_device(settings.device)
     check_combination(settings, base, shared_mask or masks)
     _check_inputs(finetunes, shared_mask)
-    state = PartialState(cpu=True)
+    state = PartialState(cpu=settings.device == CPU)
+    if settings.device == CUDA:
+        settings = replace(settings, device=str(state.device))
     if shared_mask is not None:
         masks = out / SHARED_MASK
         if state.is_main_process:

@@ -86,7 +86,7 @@ class Matrix:
         self._step("recovery", weight_OI.clone())
 
     def store(self, values: str) -> tuple[Packed, MatrixReport]:
-        """Pack the kept values; integers are rounded inside an error-compensating sweep."""
+        """Pack the kept values, on the CPU; integers are rounded inside a sweep of their own."""
         scale_OG = None
         if values in INTEGER_BITS:
             quantised_OI, scale_OG = quantise(
@@ -98,10 +98,16 @@ class Matrix:
             )
             self.pruned_OI = quantised_OI
         try:
-            packed = pack(self.pruned_OI, self.pattern, values, scale_OG, mask_OI=self.mask_OI)
+            packed = pack(
+                self.pruned_OI.cpu(),
+                self.pattern,
+                values,
+                None if scale_OG is None else scale_OG.cpu(),
+                mask_OI=self.mask_OI.cpu(),
+            )
         except InputError as error:
             raise InputError(f"{self.name}: {error}") from error
-        self._step("stored", packed.dense().float())
+        self._step("stored", packed.dense().to(self.weight_OI))
         rows, columns = self.weight_OI.shape
         report = MatrixReport(
             name=self.name,

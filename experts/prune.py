@@ -11,6 +11,7 @@ from moiety.errors import InputError, OutputError
 from moiety.experts.blocks import BlockPruner, BlockResult, allocate
 from moiety.experts.companions import copy_companions
 from moiety.experts.delta import base_of, mark_task_vector
+from moiety.experts.device import check_device
 from moiety.experts.journal import Journal, fingerprint
 from moiety.experts.matrix import MatrixReport
 from moiety.experts.pattern import Pattern
@@ -92,6 +93,7 @@ def prune(
     finished = reuse and (out / REPORT).is_file()
     if not finished:
         check_new_folder(out)
+    check_device(settings.device)
     check_combination(settings, base, masks)
     run = _Run(model, data, settings, progress, work, base=base, masks=masks)
     plan = run.plan()
@@ -176,7 +178,7 @@ class _Run:
             tokenizer, documents, settings.context_length, settings.windows
         )
         self.dense_bytes = stored_bytes(self.view.raw)
-        self.stream = StreamedModel(self.view.raw.config, self.view)
+        self.stream = StreamedModel(self.view.raw.config, self.view, settings.device)
         check_vocabulary(self.windows, self.view.config, self.view.folder)
         check_matrices(self.stream, settings, self.base, self.masks)
         check_values(self.stream, settings, self.view)
@@ -213,7 +215,7 @@ class _Run:
             "version": __version__,
             **{name: fingerprint(view.raw) for name, view in views.items() if view is not None},
             "windows": digest(self.windows.ids_WC.tolist()),
-            "settings": asdict(self.settings),
+            "settings": asdict(self.settings) | {"device": self.stream.device.type},
         }
 
     def _patterns(self, journal: Journal) -> list[Pattern]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moiety.errors import InputError
+from moiety.experts.device import CPU, parse_device
 from moiety.experts.methods import METHODS
 from moiety.experts.methods.refit import STEPS
 from moiety.experts.packing import VALUES
@@ -25,7 +26,8 @@ class PruneSettings:
     fp32, or as int8 or int4 with a scale per 128 columns. `allocation` `owl` gives every block
     its own density. `schedule` holds the patterns to go through, one round each, before
     `pattern`. Calibration takes `windows` windows of `context_length` tokens, `batch_size` at a
-    time.
+    time. `device` is where it is done: `cpu`, `cuda` or `cuda:1`, whose memory then holds the
+    block in hand and all hidden states.
     """
 
     pattern: str = "2:4"
@@ -39,6 +41,7 @@ class PruneSettings:
     context_length: int = 512
     windows: int = 128
     batch_size: int = 8
+    device: str = CPU
 
     def __post_init__(self) -> None:
         allowed = {"method": tuple(METHODS), "values": VALUES, "allocation": ALLOCATIONS}
@@ -58,6 +61,7 @@ class PruneSettings:
                     f"{name} must be at least {least}, but it is {getattr(self, name)}"
                 )
         check_sites(self.sites)
+        parse_device(self.device)
         self._check_patterns()
 
     def _check_patterns(self) -> None:

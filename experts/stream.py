@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from moiety.errors import InputError
 from moiety.experts.calibrate import BlockBatch, decoder_blocks
+from moiety.experts.device import CPU
 from moiety.text import Windows
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -26,12 +28,18 @@ class _Stop(Exception):
 class StreamedModel:
     """The decoder blocks of a checkpoint, loaded one by one in fp32.
 
-    `tensors` maps names to dense weights (see `unpack.dense_view`). Raises InputError when the
-    architecture has no list of decoder blocks or a weight is absent.
+    `tensors` maps names to dense weights (see `unpack.dense_view`). Blocks and batches are on
+    `device`; the embeddings' part is done on the CPU. Raises InputError when the architecture has
+    no list of decoder blocks or a weight is absent.
     """
 
-    def __init__(self, config: PretrainedConfig, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        tensors: Mapping[str, Tensor],
+        device: str | torch.device = CPU,
+    ) -> None:
+        self.tensors, self.device = tensors, torch.device(device)
         self.dtype = _dtype(config)
         self.model = skeleton(config)
         self.prefix, self.blocks = decoder_blocks(self.model)
@@ -57,7 +65,8 @@ class StreamedModel:
     def _load(self, module: nn.Module, prefix: str) -> None:
         for name, parameter in list(module.named_parameters()):
             owner, _, attribute = name.rpartition(".")
-            tensor = self._tensor(f"{prefix}.{name}", parameter.shape).to(torch.float32, copy=True)
+            tensor = self._tensor(f"{prefix}.{name}", parameter.shape)
+            tensor = tensor.to(self.device, torch.float32, copy=True)
             loaded = nn.Parameter(tensor, requires_grad=False)
             setattr(module.get_submodule(owner), attribute, loaded)
         for name, buffer in list(module.named_buffers()):
@@ -65,6 +74,7 @@ class StreamedModel:
                 owner, _, attribute = name.rpartition(".")
                 tensor = self._tensor(f"{prefix}.{name}", buffer.shape)
                 module.get_submodule(owner).register_buffer(attribute, tensor)
+        module.to(self.device)
 
     def _tensor(self, name: str, shape: torch.Size) -> Tensor:
         base = f"{self.model.base_model_prefix}."
@@ -92,12 +102,13 @@ class StreamedModel:
         """
         with self._outer_modules():
             batches = [
-                BlockBatch(self._first_input(part.ids_WC).to(self.dtype), (), {}, mask)
+                BlockBatch(self._first_input(part.ids_WC).to(self.device, self.dtype), (), {}, mask)
                 for part in windows.batches(batch_size)
-                for mask in (part.mask_WC.bool(),)
+                for mask in (part.mask_WC.to(self.device, torch.bool),)
             ]
             sizes = {len(batch.mask_WC) for batch in batches}
-            self._calls = {size: self._record_calls(windows.ids_WC[:size]) for size in sizes}
+            calls = {size: self._record_calls(windows.ids_WC[:size]) for size in sizes}
+            self._calls = send_to_device(calls, self.device)
         return batches
 
     def enter(self, index: int, batches: list[BlockBatch]) -> None:

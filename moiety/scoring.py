@@ -63,12 +63,13 @@ def _nats_in_pieces(logits_WCV: Tensor, target_WC: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score(model: nn.Module, windows: Windows, batch_size: int = 8) -> Score:
-    """Run the model over all windows and add up the loss."""
-    nats = 0.0
+    """Run the model over all windows, where it is, and add up the loss."""
+    nats, device = 0.0, getattr(model, "device", torch.device("cpu"))
+    if device.type == "meta":
+        device = torch.device("cpu")
     for part in windows.batches(batch_size):
-        logits_WCV = model(
-            input_ids=part.ids_WC, attention_mask=part.mask_WC, use_cache=False
-        ).logits
+        ids_WC, mask_WC = part.ids_WC.to(device), part.mask_WC.to(device)
+        logits_WCV = model(input_ids=ids_WC, attention_mask=mask_WC, use_cache=False).logits
         losses_WC = token_losses(logits_WCV, part.ids_WC, part.mask_WC)
         nats += float(losses_WC.sum(dtype=torch.float64))
     tokens = int(windows.mask_WC[:, 1:].sum())

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moiety.errors import InputError
+from moiety.experts.device import CPU, parse_device
 from moiety.experts.methods.refit import STEPS
 from moiety.experts.pattern import Pattern
 from moiety.experts.sites import check_sites
@@ -79,6 +80,14 @@ class Prune(Part):
     """whether the kept values are then trained block by block (slower, better)"""
     values: Literal["bf16", "fp16", "fp32", "int8", "int4"] = "bf16"
     """how the kept values are stored"""
+    device: str = CPU
+    """where it is done: cpu, cuda or cuda:1"""
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        parse_device(value)
+        return value
 
     @field_validator("pattern", mode="before")
     @classmethod

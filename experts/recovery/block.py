@@ -126,7 +126,8 @@ class _Run:
         self.block, self.pairs, self.values, self.settings = block, pairs, values, settings
         self.rates = [settings.rate * _root_mean_square(one_N) for one_N in values.values()]
         groups = [{"params": [one_N]} for one_N in values.values()]
-        self.optimizer = torch.optim.Adam(groups, betas=BETAS) if groups else None
+        fused = True if any(one_N.is_cuda for one_N in values.values()) else None
+        self.optimizer = torch.optim.Adam(groups, betas=BETAS, fused=fused) if groups else None
 
     def train(self, training: Sequence[int], held: Sequence[int]) -> list[float]:
         """Errors at the start and after each epoch; the best values stay."""

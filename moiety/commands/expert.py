@@ -35,6 +35,7 @@ BASE = "Prune the difference to this base, which stays dense."
 MASKS = "Take over the masks of this packed model."
 SHARED = "One mask for all finetunes, chosen on this base."
 ALLOCATION = "uniform, or owl: each block its own density."
+DEVICE = "Where it is done: cpu, cuda or cuda:1."
 SCHEDULE = "Patterns to go through before, as in 0.8,0.65."
 
 
@@ -58,6 +59,7 @@ def prune(
     windows: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     context_length: Context = 512,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 8,
+    device: Annotated[str, typer.Option(help=DEVICE)] = "cpu",
     as_json: Json = False,
 ) -> None:
     """A finetune, or several, to packed sparse models; goes on where it was interrupted."""
@@ -76,6 +78,7 @@ def prune(
         "windows": windows,
         "context_length": context_length,
         "batch_size": batch_size,
+        "device": device,
     }
     if refit_steps is not None:
         settings["refit_steps"] = refit_steps
@@ -120,7 +123,7 @@ def _prune(
         raise InputError(f"expected --data for {', '.join(named)}, but it names {', '.join(texts)}")
     finetunes = [Finetune(name=name, model=named[name], data=texts[name]) for name in named]
     reports = prune_many(finetunes, out, settings, progress, **sources)
-    if not PartialState(cpu=True).is_main_process:
+    if not PartialState().is_main_process:
         return
     values = {name: report.to_dict() for name, report in reports.items()}
     tables = [pruning_table(str(out / name), report) for name, report in reports.items()]
