@@ -67,9 +67,9 @@ def all_rows(experts: Sequence[str], seed: int, train_steps: int) -> list[Row]:
         *_controls(experts, seed),
         *_mergekit(),
         *_mixture(seed),
-        *_plain(),
-        *_context(),
-        *_trained(train_steps),
+        *_plain(len(experts)),
+        *_context(len(experts)),
+        *_trained(len(experts), train_steps),
     ]
 
 
@@ -127,20 +127,21 @@ def _mixture(seed: int) -> list[Row]:
     return [*_forced("mixture", 2, seed), *fitted]
 
 
-def _plain() -> list[Row]:
+def _plain(experts: int) -> list[Row]:
     """Closed forms on the token alone."""
     inits = ("ridge", "centroid", "logistic", "prompts")
     arrow = {**PLAIN, "score": "absolute"}
     return [
         *(Row(name=init, route={"init": init}) for init in inits),
         Row(name="arrow", router=arrow, route={"init": "arrow"}),
+        Row(name="arrow, all experts", k=experts, router=arrow, route={"init": "arrow"}),
         Row(name=BEST, k=2),
         Row(name=f"{BEST}, one router", router={**PLAIN, "span": "all"}),
         Row(name="sequence posterior", router={"kind": "sequence"}),
     ]
 
 
-def _context() -> list[Row]:
+def _context(experts: int) -> list[Row]:
     """Closed forms on the token and causal means of what came before it."""
     rows = [
         Row(name=_named(init, context), router={"context": context}, route={"init": init})
@@ -148,6 +149,7 @@ def _context() -> list[Row]:
         for context in CONTEXTS
     ]
     best = _named(BEST, CONTEXT)
+    rows.append(Row(name=f"{best}, all experts", k=experts, router={"context": CONTEXT}))
     variants: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         best: (2, {}, {}),
         f"{best}, mass 0.9": (2, {"mass": 0.9}, {}),
@@ -161,7 +163,7 @@ def _context() -> list[Row]:
     ]
 
 
-def _trained(steps: int) -> list[Row]:
+def _trained(experts: int, steps: int) -> list[Row]:
     """Gates that start from the default and are trained on each objective."""
     objectives = {"language": 2, "distill": 2, "domain": 1, "regret": 1}
     gates = {"plain": (), _context_name(CONTEXT): CONTEXT}
@@ -183,7 +185,14 @@ def _trained(steps: int) -> list[Row]:
         router={"context": CONTEXT, "kind": "sigmoid"},
         route={"train_steps": steps, "balance": "bias"},
     )
-    return [*rows, biased]
+    soft = Row(
+        name=f"trained on language, {_context_name(CONTEXT)}, all experts",
+        fit="trained",
+        k=experts,
+        router={"context": CONTEXT},
+        route={"objective": "language", "train_steps": steps},
+    )
+    return [*rows, biased, soft]
 
 
 def _named(init: str, context: Sequence[int | str]) -> str:
