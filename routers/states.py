@@ -12,15 +12,36 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from moiety.errors import InputError
 
+Rows = tuple[Tensor, Tensor]
+"""A state (B, C) and room for the one that follows, which already holds a copy of it."""
+
 
 class DynamicStates(DynamicLayer):
     """Router states (B, 1, T, C) of a cache that grows."""
 
+    _room: "Room | None" = None
+
+    def started(self) -> bool:
+        """Whether it holds a token."""
+        return self.is_initialized and self.keys is not None and self.keys.shape[2] > 0
+
     def last(self) -> Tensor | None:
         """State after the last token (B, C), None before the first."""
-        if not self.is_initialized or self.keys is None or self.keys.shape[-2] == 0:
-            return None
-        return self.keys[:, 0, -1]
+        return cast(Tensor, self.keys)[:, 0, -1] if self.started() else None
+
+    def rows(self) -> Rows:
+        """State after the last token, of which there must be one, and room for the next."""
+        keys = cast(Tensor, self.keys)
+        if self._room is None or not self._room.follows(keys):
+            self._room = Room(keys)
+        return self._room.rows()
+
+    def keep(self, next_BC: Tensor) -> None:
+        """Take in the next state; at no cost where `rows` gave room for it."""
+        if self._room is not None and self._room.is_next(next_BC):
+            self.keys = self._room.grown()
+        else:
+            self.grow(next_BC[:, None, None])
 
     def grow(self, state_B1SC: Tensor) -> None:
         """As `update`, of an initialised layer and without joining values that are empty."""
@@ -28,16 +49,76 @@ class DynamicStates(DynamicLayer):
         self.values = self.keys[..., :0]
 
 
+class Room:
+    """Rows for states to come, made ahead so that a new one moves none of the old.
+
+    Of `states` (B, 1, R, C) the first `used` rows are taken and never change again, so whoever has
+    a view of them (a copy of the cache, a cropped one) keeps what it has, and gets room of its own
+    when it goes on from there.
+    """
+
+    def __init__(self, keys: Tensor) -> None:
+        self.used = keys.shape[2]
+        size = self.used + max(64, self.used // 2)
+        self.states = keys.new_empty(keys.shape[0], 1, size, keys.shape[3])
+        self.states.narrow(2, 0, self.used).copy_(keys)
+
+    def follows(self, keys: Tensor) -> bool:
+        """Whether these are the rows that are taken, and there is one more."""
+        states = self.states
+        return (
+            keys.data_ptr() == states.data_ptr()
+            and keys.shape[2] == self.used < states.shape[2]
+            and keys.shape[0] == states.shape[0]
+            and keys.stride() == states.stride()
+            and states.is_inference() == torch.is_inference_mode_enabled()
+        )
+
+    def rows(self) -> Rows:
+        """The last row that is taken, and the one after it with a copy of it."""
+        last_BC, next_BC = self._row(self.used - 1), self._row(self.used)
+        return last_BC, next_BC.copy_(last_BC)
+
+    def _row(self, number: int) -> Tensor:
+        batch, _, size, channels = self.states.shape
+        return self.states.as_strided((batch, channels), (size * channels, 1), number * channels)
+
+    def is_next(self, next_BC: Tensor) -> bool:
+        """Whether this is the first row that is not taken."""
+        return next_BC.data_ptr() == self.states.data_ptr() + (
+            self.used * self.states.shape[3] * self.states.element_size()
+        )
+
+    def grown(self) -> Tensor:
+        """All rows that are taken, one more than before."""
+        self.used += 1
+        return self.states.narrow(2, 0, self.used)
+
+
 class StaticStates(StaticLayer):
     """Router states of a cache of fixed size."""
 
+    def started(self) -> bool:
+        """Whether it has been given a token, though it may have been emptied since."""
+        return self.is_initialized and self.keys is not None
+
     def last(self) -> Tensor | None:
         """State after the last token (B, C); zeros before the first."""
-        if not self.is_initialized or self.keys is None:
+        if not self.started():
             return None
-        place = torch.as_tensor(self.cumulative_length, device=self.keys.device).reshape(1)
-        row_BC = self.keys[:, 0].index_select(1, (place - 1).clamp(min=0))[:, 0]
+        keys = cast(Tensor, self.keys)
+        place = torch.as_tensor(self.cumulative_length, device=keys.device).reshape(1)
+        row_BC = keys[:, 0].index_select(1, (place - 1).clamp(min=0))[:, 0]
         return torch.where(place > 0, row_BC, 0.0)
+
+    def rows(self) -> Rows:
+        """State after the last token and room for the next."""
+        last_BC = cast(Tensor, self.last())
+        return last_BC, last_BC.clone()
+
+    def keep(self, next_BC: Tensor) -> None:
+        """Take in the next state."""
+        self.update(next_BC[:, None, None], next_BC[:, None, None, :0])
 
 
 States = DynamicStates | StaticStates
@@ -79,8 +160,8 @@ def _made(layers: list[Any]) -> States:
 
 def remember(layer: States, state_BSC: Tensor) -> None:
     """Keep the state after each new token."""
-    state_B1SC = state_BSC.detach()[:, None]
-    if isinstance(layer, DynamicStates) and layer.last() is not None:
+    state_B1SC = state_BSC.detach().unsqueeze(1)
+    if isinstance(layer, DynamicStates) and layer.started():
         layer.grow(state_B1SC)
     else:
         layer.update(state_B1SC, state_B1SC[..., :0])
