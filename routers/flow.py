@@ -71,14 +71,15 @@ class Flow:
         """The first block is reached, with this cache and these positions (B or 1, S)."""
         batch, length = hidden_BSD.shape[:2]
         if position is not None and position.ndim == 2:
-            self.position_BS = position.expand(batch, length)
+            alike = position.shape[0] == batch
+            self.position_BS = position if alike else position.expand(batch, length)
         if not self.horizons:
             return
         states = None if cache is None else states_of(cache, self.layers)
         self._states = states
         if length == 1 and states is not None and states.started():
             rate_H = self._rates(cast(Tensor, states.keys).device)
-            self._step = Step(states, rate_H, self.position_BS, self._mask_BS)
+            self._step = Step(states, self.channels, rate_H, self.position_BS, self._mask_BS)
         else:
             self._past_BC = None if states is None else states.last()
             self._measure(batch, length, hidden_BSD.device)

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 from moiety.errors import InputError
 from moiety.routers.spec import RouterSpec
+from moiety.routers.states import Ahead
 
 FILE = Path(__file__).with_name("_gates.so")
 LARGEST = 2**20
@@ -43,9 +44,9 @@ class Memory(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("past", "rates", "now", "position", "kept")),
-        *((f"{name}_step", c_int64) for name in ("past", "now", "position", "kept")),
-        ("kept_bytes", c_int64),
+        *((name, c_int64) for name in ("step", "position_step", "kept_step", "kept_bytes")),
         ("channels", c_int64),
+        ("fresh", c_int64),
     )
 
 
@@ -71,9 +72,9 @@ def shape_of(spec: RouterSpec, width: int, experts: int, start: int | None) -> S
 
 
 def memory_of(
-    past_BC: Tensor,
-    now_BC: Tensor,
+    ahead: Ahead,
     rate_H: Tensor,
+    channels: int,
     position_B1: Tensor | None,
     mask_BS: Tensor | None,
 ) -> Memory:
@@ -81,36 +82,32 @@ def memory_of(
 
     Positions are int64. The last column of `mask_BS`, of any integer type or bool, is 0 for padding.
     """
-    last, size = None, 0
+    position = last = None
+    position_step = mask_step = size = 0
+    if position_B1 is not None:
+        position, position_step = position_B1.data_ptr(), position_B1.stride(0)
     if mask_BS is not None:
-        size = mask_BS.element_size()
-        last = mask_BS.data_ptr() + (mask_BS.shape[1] - 1) * mask_BS.stride(1) * size
-    return Memory(
-        past_BC.data_ptr(),
-        rate_H.data_ptr(),
-        now_BC.data_ptr(),
-        None if position_B1 is None else position_B1.data_ptr(),
-        last,
-        past_BC.stride(0),
-        now_BC.stride(0),
-        0 if position_B1 is None else position_B1.stride(0),
-        0 if mask_BS is None or len(mask_BS) == 1 else mask_BS.stride(0),
-        size,
-        past_BC.shape[1] - len(rate_H) - 1,
-    )
+        mask_step, column = mask_BS.stride()
+        rows, columns = mask_BS.shape
+        size = mask_BS.itemsize
+        last = mask_BS.data_ptr() + (columns - 1) * column * size
+        mask_step = 0 if rows == 1 else mask_step
+    rows = ahead.past, rate_H.data_ptr(), ahead.next, position, last
+    return Memory(*rows, ahead.step, position_step, mask_step, size, channels, 1)
 
 
 def fits(hidden: Tensor, weight: Tensor) -> bool:
     """Whether the library can work on hidden states (B, 1, D) with a gate's weight (E, W)."""
-    if not hidden.is_cpu or hidden.ndim != 3 or hidden.shape[1] != 1:
-        return False
-    if hidden.dtype not in _DTYPES or weight.dtype not in _DTYPES or not weight.is_cpu:
-        return False
     if type(hidden) is not Tensor or type(weight) is not Parameter:
+        return False
+    if not (hidden.is_cpu and weight.is_cpu):
+        return False
+    if hidden.dtype not in _DTYPES or weight.dtype not in _DTYPES:
         return False
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return False
-    return hidden.shape[0] * weight.numel() <= LARGEST
+    shape = hidden.shape
+    return len(shape) == 3 and shape[1] == 1 and shape[0] * weight.numel() <= LARGEST
 
 
 class Library:

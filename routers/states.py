@@ -4,7 +4,7 @@ B batch, S sequence, T tokens so far, C channels. A row a token makes reordering
 (assisted generation), repeating and selecting what they are for keys and values.
 """
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,8 +12,13 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from moiety.errors import InputError
 
-Rows = tuple[Tensor, Tensor]
-"""A state (B, C) and room for the one that follows, which already holds a copy of it."""
+
+class Ahead(NamedTuple):
+    """Addresses of the last state and of room for the next, and how far sequences lie apart."""
+
+    past: int
+    next: int
+    step: int
 
 
 class DynamicStates(DynamicLayer):
@@ -29,19 +34,23 @@ class DynamicStates(DynamicLayer):
         """State after the last token (B, C), None before the first."""
         return cast(Tensor, self.keys)[:, 0, -1] if self.started() else None
 
-    def rows(self) -> Rows:
-        """State after the last token, of which there must be one, and room for the next."""
+    def ahead(self) -> Ahead:
+        """Where compiled gates find the last state, of which there must be one, and leave the next.
+
+        The next one is there to stay once `advance` is called.
+        """
         keys = cast(Tensor, self.keys)
         if self._room is None or not self._room.follows(keys):
             self._room = Room(keys)
-        return self._room.rows()
+        return self._room.ahead()
 
-    def keep(self, next_BC: Tensor) -> None:
-        """Take in the next state; at no cost where `rows` gave room for it."""
-        if self._room is not None and self._room.is_next(next_BC):
-            self.keys = self._room.grown()
-        else:
-            self.grow(next_BC[:, None, None])
+    def next_row(self) -> Tensor:
+        """The room that `ahead` told of (B, C)."""
+        return cast(Room, self._room).next_row()
+
+    def advance(self) -> None:
+        """Take in the state that was left in the room ahead."""
+        self.keys = cast(Room, self._room).grown()
 
     def grow(self, state_B1SC: Tensor) -> None:
         """As `update`, of an initialised layer and without joining values that are empty."""
@@ -54,45 +63,37 @@ class Room:
 
     Of `states` (B, 1, R, C) the first `used` rows are taken and never change again, so whoever has
     a view of them (a copy of the cache, a cropped one) keeps what it has, and gets room of its own
-    when it goes on from there.
+    when it goes on from there: only the latest view of all rows that are taken may.
     """
 
     def __init__(self, keys: Tensor) -> None:
-        self.used = keys.shape[2]
-        size = self.used + max(64, self.used // 2)
-        self.states = keys.new_empty(keys.shape[0], 1, size, keys.shape[3])
+        batch, _, self.used, self.channels = keys.shape
+        self.size = self.used + max(64, self.used // 2)
+        self.states = keys.new_empty(batch, 1, self.size, self.channels)
         self.states.narrow(2, 0, self.used).copy_(keys)
+        self.view = keys
+        self._inference = torch.is_inference_mode_enabled()
 
     def follows(self, keys: Tensor) -> bool:
         """Whether these are the rows that are taken, and there is one more."""
-        states = self.states
-        return (
-            keys.data_ptr() == states.data_ptr()
-            and keys.shape[2] == self.used < states.shape[2]
-            and keys.shape[0] == states.shape[0]
-            and keys.stride() == states.stride()
-            and states.is_inference() == torch.is_inference_mode_enabled()
-        )
+        here = keys is self.view and self.used < self.size
+        return here and torch.is_inference_mode_enabled() == self._inference
 
-    def rows(self) -> Rows:
-        """The last row that is taken, and the one after it with a copy of it."""
-        last_BC, next_BC = self._row(self.used - 1), self._row(self.used)
-        return last_BC, next_BC.copy_(last_BC)
+    def ahead(self) -> Ahead:
+        """The last row that is taken, and the one after it."""
+        width = self.channels * self.states.itemsize
+        past = self.states.data_ptr() + (self.used - 1) * width
+        return Ahead(past, past + width, self.size * self.channels)
 
-    def _row(self, number: int) -> Tensor:
-        batch, _, size, channels = self.states.shape
-        return self.states.as_strided((batch, channels), (size * channels, 1), number * channels)
-
-    def is_next(self, next_BC: Tensor) -> bool:
-        """Whether this is the first row that is not taken."""
-        return next_BC.data_ptr() == self.states.data_ptr() + (
-            self.used * self.states.shape[3] * self.states.element_size()
-        )
+    def next_row(self) -> Tensor:
+        """The first row that is not taken (B, C)."""
+        return self.states.select(2, self.used).squeeze(1)
 
     def grown(self) -> Tensor:
         """All rows that are taken, one more than before."""
         self.used += 1
-        return self.states.narrow(2, 0, self.used)
+        self.view = self.states.narrow(2, 0, self.used)
+        return self.view
 
 
 class StaticStates(StaticLayer):
@@ -111,14 +112,21 @@ class StaticStates(StaticLayer):
         row_BC = keys[:, 0].index_select(1, (place - 1).clamp(min=0))[:, 0]
         return torch.where(place > 0, row_BC, 0.0)
 
-    def rows(self) -> Rows:
-        """State after the last token and room for the next."""
-        last_BC = cast(Tensor, self.last())
-        return last_BC, last_BC.clone()
+    def ahead(self) -> Ahead:
+        """Where compiled gates find the last state and leave the next."""
+        self._last_BC = cast(Tensor, self.last())
+        self._next_BC = torch.empty_like(self._last_BC)
+        channels = self._last_BC.shape[1]
+        return Ahead(self._last_BC.data_ptr(), self._next_BC.data_ptr(), channels)
 
-    def keep(self, next_BC: Tensor) -> None:
-        """Take in the next state."""
-        self.update(next_BC[:, None, None], next_BC[:, None, None, :0])
+    def next_row(self) -> Tensor:
+        """The room that `ahead` told of (B, C)."""
+        return self._next_BC
+
+    def advance(self) -> None:
+        """Take in the state that was left in the room ahead."""
+        state_B11C = self._next_BC[:, None, None]
+        self.update(state_B11C, state_B11C[..., :0])
 
 
 States = DynamicStates | StaticStates

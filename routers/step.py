@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moiety.routers import native
-from moiety.routers.states import States
+from moiety.routers.states import States, remember
 
 
 class Counts(NamedTuple):
@@ -34,14 +34,14 @@ class Step:
     def __init__(
         self,
         states: States,
+        channels: int,
         rate_H: Tensor,
         position_B1: Tensor | None,
         mask_BS: Tensor | None,
     ) -> None:
-        self._states, self._rate_H = states, rate_H
+        self._states, self._channels, self._rate_H = states, channels, rate_H
         self._position_B1, self._mask_BS = position_B1, mask_BS
         self._past_BC: Tensor | None = None
-        self._next_BC: Tensor | None = None
         self._counts: Counts | None = None
         self._memory: native.Memory | None = None
         self._found: dict[int, Tensor] = {}
@@ -54,8 +54,8 @@ class Step:
                 position_B1 = self._position_B1 = position_B1.to("cpu", torch.int64)
             if mask_BS is not None and (mask_BS.is_floating_point() or not mask_BS.is_cpu):
                 mask_BS = self._mask_BS = mask_BS.to("cpu", torch.bool)
-            rows = self._past_BC, self._next_BC = self._states.rows()
-            self._memory = native.memory_of(*rows, self._rate_H, position_B1, mask_BS)
+            given = self._rate_H, self._channels, position_B1, mask_BS
+            self._memory = native.memory_of(self._states.ahead(), *given)
         return self._memory
 
     def _past(self) -> Tensor:
@@ -103,12 +103,12 @@ class Step:
     def end(self) -> None:
         """Keep the state after this token."""
         found = {start: found_BEH.flatten(1) for start, found_BEH in self._found.items()}
-        next_BC = self._next_BC
-        if next_BC is None:
+        if self._memory is None:
             counts = self.counts()
             means = [found[start] for start in sorted(found)]
-            next_BC = torch.cat([*means, counts.count_BH, counts.next_B1], 1)
-        else:
-            for start, found_BC in found.items():
-                next_BC[:, start : start + found_BC.shape[1]] = found_BC
-        self._states.keep(next_BC.detach())
+            state_BC = torch.cat([*means, counts.count_BH, counts.next_B1], 1)
+            remember(self._states, state_BC[:, None])
+            return
+        for start, found_BC in found.items():
+            self._states.next_row()[:, start : start + found_BC.shape[1]] = found_BC.detach()
+        self._states.advance()

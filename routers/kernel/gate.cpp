@@ -27,14 +27,15 @@ struct Gate {
 };
 
 // `past` and `now` are rows of all gates' means (`channels` of them), then the number of tokens that
-// each horizon holds, then the next position. `position` and `kept`, of `kept_bytes` an element, may
-// be null.
+// each horizon holds, then the next position. `now` is a copy of `past` before the first gate (which
+// makes it: `fresh`) writes its own part. `position` and `kept`, of `kept_bytes` an element, may be
+// null.
 struct Memory {
   const float *past, *rates;
   float *now;
   const int64_t *position;
   const uint8_t *kept;
-  int64_t past_step, now_step, position_step, kept_step, kept_bytes, channels;
+  int64_t step, position_step, kept_step, kept_bytes, channels, fresh;
 };
 
 struct Input {
@@ -159,8 +160,8 @@ static bool is_kept(const Memory &memory, int64_t token) {
 // How many tokens each horizon holds now, and the next position; `share` of a new mean is its last
 // token.
 static void count(const Memory &memory, int64_t token, int64_t horizons, float *share) {
-  const float *past = memory.past + token * memory.past_step + memory.channels;
-  float *now = memory.now + token * memory.now_step + memory.channels;
+  const float *past = memory.past + token * memory.step + memory.channels;
+  float *now = memory.now + token * memory.step + memory.channels;
   const bool kept = is_kept(memory, token);
   bool goes_on = true;
   float next = past[horizons];
@@ -200,8 +201,8 @@ static void decide(const Gate &gate, const Memory *memory, int64_t token, const 
   float *now = nullptr;
   if (memory) {
     count(*memory, token, horizons, share);
-    past = memory->past + token * memory->past_step + gate.start;
-    now = memory->now + token * memory->now_step + gate.start;
+    past = memory->past + token * memory->step + gate.start;
+    now = memory->now + token * memory->step + gate.start;
   }
   for (int64_t e = 0; e < gate.experts; e++) {
     float sum = 0;
@@ -214,7 +215,7 @@ static void decide(const Gate &gate, const Memory *memory, int64_t token, const 
     logits[e] = gate.absolute ? std::fabs(sum) : sum;
   }
   if (!gathers) return;
-  const float held = memory->now[token * memory->now_step + memory->channels];
+  const float held = memory->now[token * memory->step + memory->channels];
   log_softmax(logits, gate.experts);
   for (int64_t e = 0; e < gate.experts; e++) {
     now[e] = between(past[e], logits[e], share[0]);
@@ -271,7 +272,7 @@ static void choose(const Gate &gate, const float *bias, const float *logits, flo
 // `memory` is null for gates that remember nothing. Outputs are (batch, experts), (batch, active)
 // and (batch, active).
 extern "C" __attribute__((visibility("default"))) int32_t moiety_gate(
-    const Gate *gate, const Memory *memory, const Input *input, float *logits, float *weights,
+    const Gate *gate, Memory *memory, const Input *input, float *logits, float *weights,
     int64_t *chosen) {
   const int64_t width = gate->width, experts = gate->experts;
   const int64_t rows = experts * (gate->kind == SEQUENCE ? 1 : 1 + gate->horizons);
@@ -283,6 +284,12 @@ extern "C" __attribute__((visibility("default"))) int32_t moiety_gate(
   Vec *x = (Vec *)room;
   float *products = (float *)(x + vectors), *share = products + rows;
   float *scores = share + gate->horizons;
+  if (memory && memory->fresh) {
+    const int64_t size = (memory->channels + gate->horizons + 1) * sizeof(float);
+    for (int64_t token = 0; token < input->batch; token++)
+      memcpy(memory->now + token * memory->step, memory->past + token * memory->step, size);
+    memory->fresh = 0;
+  }
   for (int64_t token = 0; token < input->batch; token++) {
     moiety_products(*input, token, width, rows, x, products);
     float *logits_E = logits + token * experts;

@@ -179,6 +179,18 @@ def test_both_ways_may_take_turns_within_a_step(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(state, states[0])
 
 
+@compiled_only
+def test_a_router_that_is_passed_over_keeps_its_means() -> None:
+    model = Model(16, torch.float32, RouterSpec(context=(4,)))
+    hidden_BSD = torch.randn(BATCH, 4, 16, generator=torch.Generator().manual_seed(0))
+    model(hidden_BSD[:, :3], None, None)
+    model.routers.pop()
+    model(hidden_BSD[:, 3:], None, None)
+    before, after = model.states()[:, 0, -2:, :-2].unbind(1)
+    assert torch.equal(after[:, EXPERTS:], before[:, EXPERTS:])
+    assert not torch.isclose(after[:, :EXPERTS], before[:, :EXPERTS]).any()
+
+
 def test_a_router_is_copied_and_pickled() -> None:
     router = Router(16, EXPERTS, RouterSpec(top_k=2))
     token = torch.randn(1, 1, 16)

@@ -24,10 +24,11 @@ def started(tokens: int = 3, batch: int = 2) -> DynamicStates:
 
 def step(states: DynamicStates, number: float) -> None:
     """One token as compiled gates take it: the row is written where it stays."""
-    last_BC, next_BC = states.rows()
-    assert torch.equal(last_BC, next_BC)
+    ahead = states.ahead()
+    next_BC = states.next_row()
+    assert next_BC.data_ptr() == ahead.next and next_BC.stride() == (ahead.step, 1)
     next_BC.fill_(number)
-    states.keep(next_BC)
+    states.advance()
 
 
 def numbers(states: DynamicStates, row: int = 0) -> list[float]:
@@ -81,9 +82,9 @@ def test_beams_are_reordered_repeated_and_selected() -> None:
     states = started(batch=1)
     step(states, 4)
     states.batch_repeat_interleave(2)
-    last_BC, next_BC = states.rows()
-    next_BC.copy_(last_BC + torch.tensor([[1.0], [2.0]]))
-    states.keep(next_BC)
+    states.ahead()
+    states.next_row().copy_(torch.tensor([[5.0], [6.0]]))
+    states.advance()
     states.reorder_cache(torch.tensor([1, 0]))
     step(states, 9)
     assert numbers(states, 0) == [1, 2, 3, 4, 6, 9] and numbers(states, 1) == [1, 2, 3, 4, 5, 9]
@@ -96,7 +97,7 @@ def test_several_tokens_and_other_rows_are_joined() -> None:
     states = started()
     step(states, 4)
     remember(states, state(5, tokens=2))
-    states.keep(state(6)[:, 0])
+    remember(states, state(6))
     step(states, 7)
     assert numbers(states) == [1, 2, 3, 4, 5, 5, 6, 7]
 
@@ -115,7 +116,8 @@ def test_inference_mode_may_begin_and_end() -> None:
 def test_a_step_that_fails_leaves_nothing() -> None:
     states = started()
     step(states, 4)
-    states.rows()[1].fill_(99)
+    states.ahead()
+    states.next_row().fill_(99)
     assert numbers(states) == [1, 2, 3, 4]
     step(states, 5)
     assert numbers(states) == [1, 2, 3, 4, 5]
