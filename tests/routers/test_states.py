@@ -85,7 +85,8 @@ def test_beams_are_reordered_repeated_and_selected() -> None:
     states.ahead()
     states.next_row().copy_(torch.tensor([[5.0], [6.0]]))
     states.advance()
-    states.reorder_cache(torch.tensor([1, 0]))
+    turned: Any = torch.tensor([1, 0])
+    states.reorder_cache(turned)
     step(states, 9)
     assert numbers(states, 0) == [1, 2, 3, 4, 6, 9] and numbers(states, 1) == [1, 2, 3, 4, 5, 9]
     states.batch_select_indices(torch.tensor([1]))
