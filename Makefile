@@ -32,7 +32,7 @@ $(VENV)/.python:
 	@$(PIP) install -c constraints.txt --upgrade pip
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.python pyproject.toml setup.py constraints.txt $(wildcard experts/kernels/cpu/*)
+$(VENV)/.installed: $(VENV)/.python pyproject.toml setup.py constraints.txt $(wildcard experts/kernels/cpu/* routers/kernel/*)
 	@echo "installing moiety and what it needs (a few minutes the first time)"
 	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@$(PIP) install -c constraints.txt -e .

@@ -12,8 +12,11 @@ from setuptools.command.build_ext import build_ext
 FOLDERS = ["compose", "routers", "experts", "analysis"]
 KERNELS = "moiety.experts.kernels._cpu"
 SOURCES = sorted(str(path) for path in Path("experts/kernels/cpu").glob("*.cpp"))
-FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
+GATES = "moiety.routers._gates"
+GATES_SOURCES = ["routers/kernel/gate.cpp"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"]
+OPENMP = "-fopenmp"
 NOTICE = (
     "moiety: the compiled CPU kernels were not built ({reason}); "
     "everything works without them, slowly. Install g++ and moiety again to have them."
@@ -77,7 +80,8 @@ setup(
     package_dir={"moiety": "moiety", **{f"moiety.{folder}": folder for folder in FOLDERS}},
     package_data={"moiety": ["py.typed"], "moiety.analysis": ["templates/*"]},
     ext_modules=[
-        Extension(KERNELS, SOURCES, extra_compile_args=FLAGS, extra_link_args=["-fopenmp"])
+        Extension(KERNELS, SOURCES, extra_compile_args=[*FLAGS, OPENMP], extra_link_args=[OPENMP]),
+        Extension(GATES, GATES_SOURCES, extra_compile_args=FLAGS),
     ],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
 )

@@ -3,11 +3,12 @@
 B batch, S sequence, D width, H horizons, E experts, C channels of all routers' states.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from moiety.routers import native
 from moiety.routers.context import (
     Mixing,
     decays,
@@ -70,17 +71,17 @@ class Flow:
         """The first block is reached, with this cache and these positions (B or 1, S)."""
         batch, length = hidden_BSD.shape[:2]
         if position is not None and position.ndim == 2:
-            self.position_BS = position.expand(batch, length)
+            alike = position.shape[0] == batch
+            self.position_BS = position if alike else position.expand(batch, length)
         if not self.horizons:
             return
-        if cache is not None:
-            self._states = states_of(cache, self.layers)
-            self._past_BC = self._states.last()
-        if length == 1 and self._past_BC is not None:
-            mask_B1 = None if self._mask_BS is None else self._mask_BS[:, -1:]
-            rate_H = self._rates(self._past_BC.device)
-            self._step = Step(self._past_BC, self.channels, rate_H, self.position_BS, mask_B1)
+        states = None if cache is None else states_of(cache, self.layers)
+        self._states = states
+        if length == 1 and states is not None and states.started():
+            rate_H = self._rates(cast(Tensor, states.keys).device)
+            self._step = Step(states, self.channels, rate_H, self.position_BS, self._mask_BS)
         else:
+            self._past_BC = None if states is None else states.last()
             self._measure(batch, length, hidden_BSD.device)
 
     def _measure(self, batch: int, length: int, device: torch.device) -> None:
@@ -109,6 +110,10 @@ class Flow:
             self._rate_H = rates(self.horizons, device)
         return self._rate_H
 
+    def memory(self) -> native.Memory | None:
+        """Where compiled gates find and leave what they remember, in a step of one token."""
+        return None if self._step is None else self._step.memory()
+
     def logits(self, each_BSEF: Tensor, start: int | None) -> Tensor:
         """A gate's logits (B, S, E) from its weights times the token, one column a feature part.
 
@@ -122,7 +127,7 @@ class Flow:
     def sums(self, value_BSEH: Tensor, start: int | None) -> Tensor:
         """Running sums of what a router saw: its means, times what they hold."""
         mean_BSEH = self.means(value_BSEH, start)
-        count_BSH = self.count_BSH if self._step is None else self._step.count_BH[:, None]
+        count_BSH = self.count_BSH if self._step is None else self._step.counts().count_BH[:, None]
         assert count_BSH is not None
         return mean_BSEH * count_BSH.to(mean_BSEH.device)[:, :, None]
 
@@ -167,9 +172,10 @@ class Flow:
 
     def end(self) -> None:
         """The forward pass is through: what routers remember goes into the cache."""
-        if self._states is not None:
-            state_BSC = self._state() if self._step is None else self._step.state()
-            remember(self._states, state_BSC)
+        if self._step is not None:
+            self._step.end()
+        elif self._states is not None:
+            remember(self._states, self._state())
         self._forget()
 
     def _state(self) -> Tensor:

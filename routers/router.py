@@ -6,18 +6,20 @@ W features (D for the token and D for each horizon).
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, rms_norm
 
 from moiety.errors import InputError
+from moiety.routers import native
 from moiety.routers.flow import Flow
 from moiety.routers.spec import RouterSpec
 
 PRIMES = (2654435761, 40503, 2246822519, 3266489917)
 MODULUS = 2**31 - 1
+EPSILON = 1e-6
 
 
 class Router(nn.Module):
-    """Chooses experts and their weights for every token.
+    """Chooses experts and their weights for every token, scaled to a mean square of 1 first.
 
     `weight` (E, W) is all there is to learn, None for kinds that learn nothing; logits are
     `features @ weightᵀ`. A gate is linear in its context, so what has to be remembered of earlier
@@ -36,6 +38,7 @@ class Router(nn.Module):
         self._flow = Flow(spec.horizons) if flow is None else flow
         remembers = flow is not None and bool(spec.horizons)
         self._start = self._flow.reserve(experts * len(spec.horizons)) if remembers else None
+        self._shape = native.shape_of(spec, width, experts, self._start)
         features = width * (1 + len(spec.context))
         self.weight = nn.Parameter(torch.zeros(experts, features)) if spec.learned else None
         if spec.kind == "sigmoid":
@@ -43,6 +46,26 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states (B, S, D) or (T, D) to logits (T, E), weights and experts (T, A)."""
+        found = None if torch.compiler.is_compiling() else self._compiled(hidden)
+        return self._plain(hidden) if found is None else found
+
+    def _compiled(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The same by the compiled gate, where that works on these."""
+        library, weight, memory = native.library(), self.weight, None
+        if library is None or self._shape is None or weight is None:
+            return None
+        if not native.fits(hidden, weight):
+            return None
+        if self._shape.horizons:
+            memory = None if self._start is None else self._flow.memory()
+            if memory is None:
+                return None
+        bias_E = None
+        if self.spec.kind == "sigmoid":
+            bias_E = self.get_buffer("selection_bias").float()
+        return library.route(self._shape, memory, hidden, weight, bias_E, EPSILON)
+
+    def _plain(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits_TE = self._logits(hidden)
         kind = self.spec.kind
         if kind == "sigmoid":
@@ -55,7 +78,7 @@ class Router(nn.Module):
 
     def features(self, hidden: Tensor) -> Tensor:
         """What logits are linear in, in fp32: (T, W), the token, then each horizon's mean."""
-        hidden_BSD = _as_batch(hidden).float()
+        hidden_BSD = _as_batch(_scaled(hidden)).float()
         if not self.spec.context:
             return hidden_BSD.reshape(-1, self.width)
         features_BSFD = torch.cat([hidden_BSD[:, :, None], self._flow.wide_means(hidden_BSD)], 2)
@@ -65,7 +88,7 @@ class Router(nn.Module):
         if self.weight is None:
             rows = hidden.numel() // hidden.shape[-1]
             return torch.zeros((rows, self.experts), device=hidden.device)
-        hidden_BSD = _as_batch(hidden)
+        hidden_BSD = _as_batch(_scaled(hidden))
         rows_ND = self.weight.to(hidden.dtype).view(-1, self.width)
         each_BSN = linear(hidden_BSD, rows_ND).float()
         if self.spec.context:
@@ -140,6 +163,10 @@ class Router(nn.Module):
 
 def _as_batch(hidden: Tensor) -> Tensor:
     return hidden if hidden.ndim == 3 else hidden.reshape(1, -1, hidden.shape[-1])
+
+
+def _scaled(hidden: Tensor) -> Tensor:
+    return rms_norm(hidden.float(), hidden.shape[-1:], eps=EPSILON).to(hidden.dtype)
 
 
 def _scrambled(value_T: Tensor) -> Tensor:

@@ -26,9 +26,8 @@ class Routes:
     experts_TA: Tensor
 
     def set(self, router: Router, hidden: Tensor) -> None:
-        """Route hidden states (B, S, D), each scaled to a mean square of 1 first."""
-        normed = normalised(hidden, EPSILON).to(hidden.dtype)
-        _logits_TE, self.weights_TA, self.experts_TA = router(normed)
+        """Route hidden states (B, S, D)."""
+        _logits_TE, self.weights_TA, self.experts_TA = router(hidden)
 
     def mix(self, experts_ED: Tensor) -> Tensor:
         """Each token's weighted sum of the experts' vectors (E, D) -> (T, D)."""

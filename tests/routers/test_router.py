@@ -26,6 +26,10 @@ def hidden(length: int = 24, batch: int = 2) -> Tensor:
     return torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
+def scaled(hidden_BSD: Tensor) -> Tensor:
+    return hidden_BSD / hidden_BSD.square().mean(-1, keepdim=True).sqrt()
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "softmax": {"top_k": 2},
     "soft": {"top_k": 4},
@@ -69,15 +73,16 @@ def test_logits_are_linear_in_features(context: Any, score: Any) -> None:
 def test_features_are_the_token_and_its_causal_means() -> None:
     router = made(context=("mean",))
     x_BSD = hidden()
-    mean_BSD = x_BSD.cumsum(1) / torch.arange(1, 25)[:, None]
-    expected = torch.cat([x_BSD, mean_BSD], -1).view(48, -1)
-    torch.testing.assert_close(router.features(x_BSD), expected)
+    one_BSD = scaled(x_BSD)
+    mean_BSD = one_BSD.cumsum(1) / torch.arange(1, 25)[:, None]
+    expected = torch.cat([one_BSD, mean_BSD], -1).view(48, -1)
+    torch.testing.assert_close(router.features(x_BSD), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_posterior_gathers_evidence() -> None:
     router = made(kind="sequence")
     assert router.weight is not None
-    evidence = (hidden() @ router.weight.T).log_softmax(-1).cumsum(1)
+    evidence = (scaled(hidden()) @ router.weight.T).log_softmax(-1).cumsum(1)
     logits_TE, _, experts_TA = router(hidden())
     torch.testing.assert_close(logits_TE.view(2, 24, -1).exp(), evidence.softmax(-1))
     assert torch.equal(experts_TA.view(2, 24), evidence.argmax(-1))
