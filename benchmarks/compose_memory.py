@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.prune_memory import CONTEXT, MIB, peak, random_llama, write_text
+from benchmarks.memory import peak
+from benchmarks.prune_memory import CONTEXT, MIB, random_llama, write_text
 from moiety.compose import Recipe
 from moiety.compose.kinds import builder_of
 from moiety.compose.merged.packed import modules_at, write_packed

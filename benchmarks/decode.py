@@ -9,7 +9,6 @@ the models for later runs, which may then measure a part each: `--only`, `--batc
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from transformers.utils import logging
 
 from benchmarks import tables
 from benchmarks.matrices import random_weights
+from benchmarks.memory import peak, resident
 from moiety.experts import kernels
 from moiety.experts.architecture import Architecture
 from moiety.experts.quantizer import PackedConfig
@@ -145,12 +145,8 @@ def child(folder: Path, variant: str) -> None:
     model = opened(folder, variant)
     loaded = time.perf_counter() - start
     timed(model, torch.arange(32)[None], 4)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    status = Path("/proc/self/status").read_text()
-    resident = int(status.split("VmRSS:")[1].split()[0]) * 1024
-    sys.stdout.write(
-        json.dumps({"load_seconds": loaded, "peak_bytes": peak, "resident_bytes": resident})
-    )
+    values = {"load_seconds": loaded, "peak_bytes": peak(), "resident_bytes": resident()}
+    sys.stdout.write(json.dumps(values))
 
 
 def memory_of(folder: Path, variants: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -11,7 +11,6 @@ blocks the peak does not cover.
 import argparse
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from benchmarks.memory import peak
 from moiety.experts.shards import write_weights
 from moiety.experts.stream import skeleton
 from moiety.files import read_json, write_json
@@ -113,11 +113,6 @@ def child(folder: Path, windows: int, refit_steps: int) -> None:
         "blocks_resumed": report.blocks_resumed,
     }
     print(json.dumps(values))
-
-
-def peak() -> int:
-    """Peak resident memory of this process so far, in bytes (Linux counts in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(
