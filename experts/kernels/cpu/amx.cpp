@@ -20,11 +20,13 @@ namespace amx {
 #include "panels.h"
 #include "pairs.h"
 
-static constexpr Kernels kernels_with_panels(int64_t few_panels, int64_t few_pairs) {
+static constexpr Kernels kernels_with_panels(int64_t few_panels, int64_t few_pairs,
+                                             int64_t few_code_pairs) {
   Kernels kernels = kernels_with(16, 32, nullptr);
   kernels.few_panels = few_panels;
   kernels.panels = panels;
   kernels.few_pairs = few_pairs;
+  kernels.few_code_pairs = few_code_pairs;
   kernels.pairs = pairs;
   kernels.pair_up = pair_up;
   kernels.pair_sums = pair_sums;
@@ -34,6 +36,6 @@ static constexpr Kernels kernels_with_panels(int64_t few_panels, int64_t few_pai
 }  // namespace amx
 MOIETY_TARGET_END
 
-constexpr Kernels amx_kernels = amx::kernels_with_panels(4, 4);
+constexpr Kernels amx_kernels = amx::kernels_with_panels(4, 1, 4);
 
 #endif

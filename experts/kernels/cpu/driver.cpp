@@ -104,7 +104,8 @@ class Forward {
     const int32_t kind = call_.down->kind;
     const bool bf16 = call_.x.bf16 && kind != FP16 && kind != FP32 && same;
     if (bf16 && tiles && k_.panels && tokens > k_.few_panels) return PANELS;
-    if (bf16 && !tiles && k_.pairs && tokens > k_.few_pairs) return PAIRS;
+    const int64_t few = IS_INTEGER[kind] ? k_.few_code_pairs : k_.few_pairs;
+    if (bf16 && !tiles && k_.pairs && tokens > few) return PAIRS;
     if (bf16 && tiles && k_.dots) return DOTS;
     return tokens <= (tiles ? k_.few_tiles : k_.few_rows) ? LANES : BLOCKS;
   }
@@ -358,7 +359,6 @@ class Forward {
     }
   }
 
-  // Results whose tokens lie side by side.
   void put_turned(const Job &job, int64_t row, int64_t rows, const float *y) {
     const bool pairs = job.mode == PAIRS;
     const int64_t block = pairs ? PANEL : k_.block, width = pairs ? PANEL : k_.width;

@@ -33,7 +33,7 @@ struct Kernels {
                  int64_t width, int64_t count, float *y);
 
   // The same for rows, but what panels hold of a chunk is turned, two columns at a time, and so are
-  // the sums. False as `lanes`.
+  // the sums. False as `lanes`, which is the faster one up to `few_pairs` tokens.
   int64_t few_pairs;
   bool (*pairs)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
                 int64_t width, int64_t count, float *y);
@@ -63,6 +63,9 @@ struct Kernels {
   // fp32 from bf16 and the other way round.
   void (*widen)(const uint16_t *from, float *to, int64_t count);
   void (*narrow)(const float *from, uint16_t *to, int64_t count);
+
+  // As `few_pairs`, for integers: `pairs` makes bf16 of them, which `lanes` need not.
+  int64_t few_code_pairs;
 };
 
 static constexpr int64_t DOTS_PAD = 24;

@@ -31,8 +31,14 @@ static inline __m512i halves(__m512i low, __m512i high) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 
-static inline __m512i floats_of(__m128i codes) {
-  return (__m512i)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+// 32 codes as bf16, in which they are exact.
+static inline __m512i bf16_codes(__m256i codes) {
+  typedef int8_t Bytes __attribute__((vector_size(32)));
+  typedef int16_t Words __attribute__((vector_size(64)));
+  const Int words = (Int)__builtin_convertvector((Bytes)codes, Words);
+  const __m512i even = (__m512i)_mm512_cvtepi32_ps((__m512i)(words << 16 >> 16));
+  const Int odd = (Int)_mm512_cvtepi32_ps((__m512i)(words >> 16));
+  return _mm512_or_si512(_mm512_srli_epi32(even, 16), (__m512i)(odd & (int)0xffff0000));
 }
 
 // 32 columns of a row as 16 pairs of bf16, the first columns in the low halves; `at` moves on. Two
@@ -45,9 +51,7 @@ static inline __m512i row_pairs(const Row &row, int64_t &at, int64_t column) {
   at += __builtin_popcount(bits);
   if constexpr (kind == BF16)
     return _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(row.values + 2 * from));
-  const __m256i codes = _mm256_maskz_expand_epi8(bits, row_codes<kind>(row.values, from));
-  return halves(floats_of(_mm256_castsi256_si128(codes)),
-                floats_of(_mm256_extracti128_si256(codes, 1)));
+  return bf16_codes(_mm256_maskz_expand_epi8(bits, row_codes<kind>(row.values, from)));
 }
 
 // The same near the end of a row or of the values.
