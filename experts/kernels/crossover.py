@@ -13,8 +13,10 @@ from moiety.experts.kernels.weights import Weights
 
 # Below so many elements a product takes no longer than the calls around it.
 SMALLEST = 1 << 18
-# Tokens of one matrix from which on it is expanded.
+# Tokens of one matrix from which on it is expanded: of tiles, and of rows of any pattern, which are
+# multiplied as fast but expanded more slowly.
 DENSE_FROM = 1024
+ROWS_DENSE_FROM = 4096
 
 
 def better_dense(input_TI: Tensor, weights: Weights, tokens: float) -> bool:
@@ -25,5 +27,5 @@ def better_dense(input_TI: Tensor, weights: Weights, tokens: float) -> bool:
         and kernels.best == Isa.AMX
         and input_TI.dtype == torch.bfloat16
         and weights.rows * weights.columns >= SMALLEST
-        and tokens >= DENSE_FROM
+        and tokens >= (DENSE_FROM if weights.is_tiled else ROWS_DENSE_FROM)
     )

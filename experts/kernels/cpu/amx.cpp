@@ -18,10 +18,24 @@ namespace amx {
 #include "expand.h"
 #include "body.h"
 #include "panels.h"
+#include "pairs.h"
+
+static constexpr Kernels kernels_with_panels(int64_t few_panels, int64_t few_pairs,
+                                             int64_t few_code_pairs) {
+  Kernels kernels = kernels_with(16, 32, nullptr);
+  kernels.few_panels = few_panels;
+  kernels.panels = panels;
+  kernels.few_pairs = few_pairs;
+  kernels.few_code_pairs = few_code_pairs;
+  kernels.pairs = pairs;
+  kernels.pair_up = pair_up;
+  kernels.pair_sums = pair_sums;
+  return kernels;
+}
 
 }  // namespace amx
 MOIETY_TARGET_END
 
-constexpr Kernels amx_kernels = amx::kernels_with(16, 0, nullptr, 4, amx::panels);
+constexpr Kernels amx_kernels = amx::kernels_with_panels(4, 1, 4);
 
 #endif

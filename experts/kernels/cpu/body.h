@@ -5,6 +5,9 @@
 #include "activations.h"
 #include "lanes.h"
 #include "rows.h"
+#if defined(MOIETY_EXPAND)
+#include "few.h"
+#endif
 #include "tiles.h"
 #include "tokens.h"
 
@@ -21,11 +24,12 @@ static bool few_tokens(const Matrix &m, int64_t which, int64_t row, int64_t rows
     return true;
   }
 #if defined(MOIETY_EXPAND)
+  Row found[GROUP_ROWS];
   for (int64_t r = 0; r < rows; r++) {
-    const Row one = row_of(m, which, row + r);
-    if (!row_holds(one, m.columns)) return false;
-    FOR_KIND(m.kind, row_lanes<K>(one, m.columns, x, x_step, count, y + r, y_step));
+    found[r] = row_of(m, which, row + r);
+    if (!row_holds(found[r], m.columns)) return false;
   }
+  FOR_KIND(m.kind, rows_lanes<K>(found, rows, m.columns, x, x_step, count, y, y_step));
   return true;
 #else
   return false;
@@ -249,8 +253,21 @@ static void transpose(const void *const *rows, int64_t count, bool bf16, int64_t
 
 // This instruction set's table; the crossovers are measured for each.
 static constexpr Kernels kernels_with(int64_t few_tiles, int64_t few_rows,
-                                      decltype(Kernels::dots) dots, int64_t few_panels = 0,
-                                      decltype(Kernels::panels) panels = nullptr) {
-  return {WIDTH, BLOCK,    few_tiles, few_rows, few_tokens, many_tokens, dots,
-          few_panels, panels, gated, transpose, turn, dense_row, dense_tile, widen, narrow};
+                                      decltype(Kernels::dots) dots) {
+  Kernels kernels = {};
+  kernels.width = WIDTH;
+  kernels.block = BLOCK;
+  kernels.few_tiles = few_tiles;
+  kernels.few_rows = few_rows;
+  kernels.lanes = few_tokens;
+  kernels.tokens = many_tokens;
+  kernels.dots = dots;
+  kernels.gated = gated;
+  kernels.transpose = transpose;
+  kernels.turn = turn;
+  kernels.dense_row = dense_row;
+  kernels.dense_tile = dense_tile;
+  kernels.widen = widen;
+  kernels.narrow = narrow;
+  return kernels;
 }

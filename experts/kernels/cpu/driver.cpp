@@ -100,19 +100,14 @@ class Forward {
 
   Mode mode_of(int64_t tokens) const {
     const bool tiles = call_.down->layout == TILES;
+    const bool same = !call_.gate_up || call_.gate_up->layout == call_.down->layout;
     const int32_t kind = call_.down->kind;
-    const bool bf16 = call_.x.bf16 && kind != FP16 && kind != FP32;
-    if (bf16 && k_.panels && tokens > (tiles ? k_.few_panels : k_.few_rows)) return PANELS;
+    const bool bf16 = call_.x.bf16 && kind != FP16 && kind != FP32 && same;
+    if (bf16 && tiles && k_.panels && tokens > k_.few_panels) return PANELS;
+    const int64_t few = IS_INTEGER[kind] ? k_.few_code_pairs : k_.few_pairs;
+    if (bf16 && !tiles && k_.pairs && tokens > few) return PAIRS;
     if (bf16 && tiles && k_.dots) return DOTS;
     return tokens <= (tiles ? k_.few_tiles : k_.few_rows) ? LANES : BLOCKS;
-  }
-
-  // Floats (or for DOTS and PANELS, halves of them) that tokens of some width take.
-  int64_t room(const Job &job, int64_t width) const {
-    if (job.mode == LANES) return job.count * width;
-    if (job.mode == BLOCKS) return up_to(job.count, k_.width) * width;
-    if (job.mode == PANELS) return up_to(job.count, PANEL) * width / 2;
-    return (job.count + DOTS_PAD) * width / 2;
   }
 
   Status wave(int64_t count) {
@@ -123,8 +118,8 @@ class Forward {
     for (char *block = nullptr;; block = scratch.take(size)) {
       Pieces pieces(block);
       for (int64_t j = 0; j < count; j++) {
-        jobs_[j].x = pieces.take<float>(room(jobs_[j], width_));
-        jobs_[j].inner = pieces.take<float>(room(jobs_[j], inner_width_));
+        jobs_[j].x = pieces.take<float>(room(jobs_[j], k_, width_));
+        jobs_[j].inner = pieces.take<float>(room(jobs_[j], k_, inner_width_));
       }
       gates = pieces.take<float>(call_.threads * results);
       ups = pieces.take<float>(call_.threads * results);
@@ -132,15 +127,14 @@ class Forward {
       if (size) return NO_MEMORY;
       size = pieces.used();
     }
-    int64_t last = 0;
-    int64_t gathered = 0, grouped = 0;
+    int64_t last = 0, gathered = 0, grouped = 0;
     for (int64_t j = 0; j < count; j++) {
       jobs_[j].gathered = gathered;
       jobs_[j].grouped = grouped;
-      gathered += gather_items(jobs_[j]);
-      const int64_t group = group_rows(jobs_[j], inner_);
+      gathered += gather_items(jobs_[j], k_, width_);
+      const int64_t group = group_rows(jobs_[j], inner_, call_.threads);
       grouped += call_.gate_up ? up_to(inner_, group) / group : 0;
-      const int64_t rows = group_rows(jobs_[j], call_.down->rows);
+      const int64_t rows = group_rows(jobs_[j], call_.down->rows, call_.threads);
       last = last < rows ? rows : last;
     }
     const int64_t outputs = up_to(call_.down->rows, last) / last;
@@ -163,12 +157,6 @@ class Forward {
     return status_;
   }
 
-  // Rows one thread takes at a time: whole tiles, and enough pieces for all threads.
-  int64_t group_rows(const Job &job, int64_t rows) const {
-    const int64_t share = up_to(rows / (4 * call_.threads) + 1, TILE_ROWS);
-    return least(share, most_rows(job));
-  }
-
   const Job &find(int64_t item, int64_t count, int64_t Job::*first) const {
     int64_t low = 0, high = count;
     while (high - low > 1) {
@@ -176,15 +164,6 @@ class Forward {
       (jobs_[middle].*first <= item ? low : high) = middle;
     }
     return jobs_[low];
-  }
-
-  static constexpr int64_t GATHER_COLUMNS = 256;
-
-  int64_t gather_items(const Job &job) const {
-    if (job.mode == DOTS) return job.count + DOTS_PAD;
-    if (job.mode == PANELS) return up_to(job.count, PANEL);
-    if (job.mode == LANES) return job.count;
-    return up_to(job.count, k_.block) / k_.block * (up_to(width_, GATHER_COLUMNS) / GATHER_COLUMNS);
   }
 
   const void *token(int64_t place) const {
@@ -205,6 +184,8 @@ class Forward {
       memset(to + (real ? width : 0), 0, (real ? spare : width_) * 2);
     } else if (job.mode == PANELS) {
       gather_panel(job, item);
+    } else if (job.mode == PAIRS) {
+      gather_pairs(job, item);
     } else {
       float *to = job.x + item * width_;
       const void *from = token(job.first + item);
@@ -244,14 +225,29 @@ class Forward {
     }
   }
 
+  void gather_pairs(const Job &job, int64_t item) {
+    const int64_t pieces = up_to(width_, GATHER_COLUMNS) / GATHER_COLUMNS;
+    const int64_t panel = item / pieces, first = item % pieces * GATHER_COLUMNS;
+    const int64_t before = panel * PANEL, some = least(job.count - before, PANEL);
+    const uint16_t *rows[PANEL] = {};
+    for (int64_t t = 0; t < some; t++) rows[t] = (const uint16_t *)token(job.first + before + t);
+    const int64_t end = least(width_, first + GATHER_COLUMNS);
+    for (int64_t column = first; column < end; column += CHUNK) {
+      const int64_t left = call_.x.width - column, real = left < 0 ? 0 : least(left, CHUNK);
+      k_.pair_up(rows, column, real,
+                 in_pairs(job.x, up_to(job.count, PANEL) / PANEL, width_, panel, column));
+    }
+  }
+
   bool multiply(const Matrix &m, int64_t which, int64_t row, int64_t rows, const Job &job,
                 const float *x, int64_t width, float *y) const {
     if (job.mode == BLOCKS) return k_.tokens(m, which, row, rows, x, width, job.count, y);
     if (job.mode == LANES)
       return k_.lanes(m, which, row, rows, x, width, job.count, y, most_rows(job));
-    if (job.mode == PANELS)
-      return k_.panels(m, which, row, rows, (const uint16_t *)x, width, job.count, y);
-    k_.dots(m, which, row, rows, (const uint16_t *)x, width, job.count, y, most_rows(job));
+    const uint16_t *halves = (const uint16_t *)x;
+    if (job.mode == PANELS) return k_.panels(m, which, row, rows, halves, width, job.count, y);
+    if (job.mode == PAIRS) return k_.pairs(m, which, row, rows, halves, width, job.count, y);
+    k_.dots(m, which, row, rows, halves, width, job.count, y, most_rows(job));
     return true;
   }
 
@@ -267,7 +263,7 @@ class Forward {
 
   void gate_and_up(const Job &job, int64_t item, float *gate, float *up) {
     const Matrix &m = *call_.gate_up;
-    const int64_t group = group_rows(job, inner_);
+    const int64_t group = group_rows(job, inner_, call_.threads);
     const int64_t row = (item - job.grouped) * group, rows = least(inner_ - row, group);
     const bool tiles = m.layout == TILES;
     const int64_t expert = job.expert, above = tiles ? 2 * expert : expert;
@@ -289,6 +285,7 @@ class Forward {
       return;
     }
     if (job.mode == PANELS) return gated_panels(job, row, rows, spare, gate, up);
+    if (job.mode == PAIRS) return gated_pairs(job, row, rows, spare, gate, up);
     for (int64_t t = 0; t < job.count; t++) {
       float *g = gate + t * most_rows(job), *u = up + t * most_rows(job);
       if (job.mode == LANES) {
@@ -323,6 +320,21 @@ class Forward {
     }
   }
 
+  void gated_pairs(const Job &job, int64_t row, int64_t rows, int64_t spare, float *gate,
+                   const float *up) {
+    const int64_t padded = up_to(rows, TILE_ROWS), panels = up_to(job.count, PANEL) / PANEL;
+    k_.gated(call_.activation, gate, up, gate, padded * panels * PANEL);
+    for (int64_t p = 0; p < panels; p++) {
+      for (int64_t r = 0; r < rows + spare; r += TILE_ROWS) {
+        uint16_t *to = in_pairs(job.inner, panels, inner_width_, p, row + r);
+        if (r < rows)
+          k_.pair_sums(gate + (p * padded + r) * PANEL, to);
+        else
+          memset(to, 0, TILE_ROWS * PANEL * 2);
+      }
+    }
+  }
+
   void all_results_of(const Job &job, int64_t row, int64_t group, float *y) {
     const int64_t end = least(call_.down->rows, row + group), most = most_rows(job);
     for (; row < end; row += most) results_of(job, row, least(end - row, most), y);
@@ -333,7 +345,7 @@ class Forward {
     const float *x = call_.gate_up ? job.inner : job.x;
     const int64_t width = call_.gate_up ? inner_width_ : width_;
     if (!multiply(m, job.expert, row, rows, job, x, width, y)) return bad_mask();
-    if (job.mode == BLOCKS) return put_blocks(job, row, rows, y);
+    if (job.mode == BLOCKS || job.mode == PAIRS) return put_turned(job, row, rows, y);
     float apart[MOST_ROWS];
     for (int64_t t = 0; t < job.count; t++) {
       const float *from = y + t * most_rows(job);
@@ -347,12 +359,15 @@ class Forward {
     }
   }
 
-  void put_blocks(const Job &job, int64_t row, int64_t rows, const float *y) {
+  void put_turned(const Job &job, int64_t row, int64_t rows, const float *y) {
+    const bool pairs = job.mode == PAIRS;
+    const int64_t block = pairs ? PANEL : k_.block, width = pairs ? PANEL : k_.width;
+    const int64_t room = pairs ? up_to(rows, TILE_ROWS) : room_of(rows);
     float turned[TURNED * MOST_ROWS];
     for (int64_t t = 0; t < job.count; t += TURNED) {
-      const int64_t first = t / k_.block * k_.block, some = least(job.count - t, TURNED);
-      const int64_t wide = up_to(least(job.count - first, k_.block), k_.width);
-      k_.turn(y + first * room_of(rows) + (t - first), wide, rows, some, turned, MOST_ROWS);
+      const int64_t first = t / block * block, some = least(job.count - t, TURNED);
+      const int64_t wide = up_to(least(job.count - first, block), width);
+      k_.turn(y + first * room + (t - first), wide, rows, some, turned, MOST_ROWS);
       for (int64_t i = 0; i < some; i++)
         put(turned + i * MOST_ROWS, order_[job.first + t + i], row, rows);
     }

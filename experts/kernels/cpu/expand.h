@@ -31,7 +31,9 @@ static inline int64_t columns_of(const uint64_t *words, int64_t some, uint16_t *
   return count;
 }
 
-// PIECE values of a row from `at` on; int4 reads a byte more.
+static constexpr int64_t REACH = 34;
+
+// PIECE values of a row from `at` on; up to REACH are read.
 template <Kind kind>
 static inline Vec values_from(const uint8_t *values, int64_t at) {
   if constexpr (kind == BF16) return load_bf16(values + 2 * at);
@@ -53,8 +55,6 @@ static inline Vec last_values(const uint8_t *values, int64_t at, int64_t total) 
 
 template <Kind kind>
 static inline Vec expand_piece(const uint8_t *values, int64_t at, int64_t total, unsigned bits) {
-  // int4 reads one byte more where it starts in the middle of one.
-  const int64_t reach = kind == INT4 ? PIECE + 2 : PIECE;
-  return place(at + reach <= total ? values_from<kind>(values, at)
+  return place(at + REACH <= total ? values_from<kind>(values, at)
                                    : last_values<kind>(values, at, total), bits);
 }

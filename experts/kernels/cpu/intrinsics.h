@@ -10,6 +10,9 @@
 #include <simde/x86/fma.h>
 
 #include "emulate.h"
+#define MOIETY_IN_REGISTER(vector) (void)(vector)
 #else
 #include <immintrin.h>
+// Loaded once, not again by every instruction that takes it from memory.
+#define MOIETY_IN_REGISTER(vector) __asm__("" : "+v"(vector))
 #endif

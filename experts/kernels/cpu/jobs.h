@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 
-enum Mode { LANES, BLOCKS, DOTS, PANELS };
+enum Mode { LANES, BLOCKS, DOTS, PANELS, PAIRS };
 
 // Tokens `first` to `first + count` of the sorted order, all of one expert.
 struct Job {
@@ -21,7 +21,31 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Rows of one product. Tokens of LANES and DOTS lie so far apart in its results.
 static inline int64_t most_rows(const Job &job) {
-  return job.mode == PANELS || job.mode == BLOCKS ? MOST_ROWS : GROUP_ROWS;
+  return job.mode == LANES || job.mode == DOTS ? GROUP_ROWS : MOST_ROWS;
+}
+
+// Rows one thread takes at a time: whole tiles, and enough pieces for all threads.
+static inline int64_t group_rows(const Job &job, int64_t rows, int64_t threads) {
+  return least(up_to(rows / (4 * threads) + 1, TILE_ROWS), most_rows(job));
+}
+
+static constexpr int64_t GATHER_COLUMNS = 256;
+
+// Floats (or for bf16, halves of them) that tokens of some width take.
+static inline int64_t room(const Job &job, const Kernels &k, int64_t width) {
+  if (job.mode == LANES) return job.count * width;
+  if (job.mode == BLOCKS) return up_to(job.count, k.width) * width;
+  if (job.mode == DOTS) return (job.count + DOTS_PAD) * width / 2;
+  return up_to(job.count, PANEL) * width / 2;
+}
+
+// Pieces in which tokens of some width are copied.
+static inline int64_t gather_items(const Job &job, const Kernels &k, int64_t width) {
+  if (job.mode == LANES) return job.count;
+  if (job.mode == DOTS) return job.count + DOTS_PAD;
+  if (job.mode == PANELS) return up_to(job.count, PANEL);
+  const int64_t together = job.mode == PAIRS ? PANEL : k.block;
+  return up_to(job.count, together) / together * (up_to(width, GATHER_COLUMNS) / GATHER_COLUMNS);
 }
 
 // Where a token's columns are among `count` panels, up to the next multiple of CHUNK.
@@ -31,6 +55,13 @@ static inline uint16_t *in_panel(float *panels, int64_t count, int64_t width, in
   const int64_t together = least(width / CHUNK - before, PANEL_CHUNKS);
   const int64_t square = before * count + token / PANEL * together + chunk - before;
   return (uint16_t *)panels + (square * PANEL + token % PANEL) * CHUNK + column % CHUNK;
+}
+
+// The same for a chunk of 16 tokens, or half of one, in pairs.
+static inline uint16_t *in_pairs(float *panels, int64_t count, int64_t width, int64_t panel,
+                                 int64_t column) {
+  return in_panel(panels, count, width, panel * PANEL, column / CHUNK * CHUNK) +
+         column % CHUNK * PANEL;
 }
 
 // A token's first results among those of panels; the others follow in steps of a square.

@@ -25,13 +25,23 @@ struct Kernels {
   void (*dots)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
                int64_t x_step, int64_t count, float *y, int64_t y_step);
 
-  // Either layout for more than `few_panels` bf16 tokens (`few_rows` in the rows layout) in panels of
-  // PANEL, zeros behind them, as panels.h has them (`width` in columns, padded to whole chunks). y
-  // holds for each panel PANEL x TILE_ROWS sums for every TILE_ROWS rows. False as `lanes`. Null where
-  // the CPU has no AMX.
+  // Tiles for bf16 tokens in panels of PANEL, zeros behind them, as panels.h has them (`width` in
+  // columns, padded to whole chunks). y holds for each panel PANEL x TILE_ROWS sums for every
+  // TILE_ROWS rows. Up to `few_panels` tokens, `lanes` is the faster one. Null without AMX.
   int64_t few_panels;
   bool (*panels)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
                  int64_t width, int64_t count, float *y);
+
+  // The same for rows, but what panels hold of a chunk is turned, two columns at a time, and so are
+  // the sums. False as `lanes`, which is the faster one up to `few_pairs` tokens.
+  int64_t few_pairs;
+  bool (*pairs)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
+                int64_t width, int64_t count, float *y);
+
+  // Such a chunk of PANEL tokens (null: 0) from `column` on, `real` columns of it; and half of one
+  // from the sums of TILE_ROWS rows.
+  void (*pair_up)(const uint16_t *const *tokens, int64_t column, int64_t real, uint16_t *to);
+  void (*pair_sums)(const float *from, uint16_t *to);
 
   void (*gated)(int activation, const float *gate, const float *up, float *out, int64_t count);
 
@@ -53,6 +63,9 @@ struct Kernels {
   // fp32 from bf16 and the other way round.
   void (*widen)(const uint16_t *from, float *to, int64_t count);
   void (*narrow)(const float *from, uint16_t *to, int64_t count);
+
+  // As `few_pairs`, for integers: `pairs` makes bf16 of them, which `lanes` need not.
+  int64_t few_code_pairs;
 };
 
 static constexpr int64_t DOTS_PAD = 24;

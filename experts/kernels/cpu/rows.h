@@ -1,4 +1,4 @@
-// One row of the rows layout: how its values are found, and its product with a few tokens.
+// One row of the rows layout: how its values are found and expanded.
 
 struct Row {
   const uint8_t *values;
@@ -40,9 +40,13 @@ static inline uint64_t bits_at(const Row &row, int64_t column, int64_t columns) 
 
 // Whether the mask keeps as many values as the row has and none past its last column.
 static bool row_holds(const Row &row, int64_t columns) {
-  int64_t kept = 0;
-  for (int64_t column = 0; column < columns; column += 64)
-    kept += __builtin_popcountll(bits_at(row, column, columns));
+  const int64_t whole = columns / 64 * 64;
+  int64_t kept = __builtin_popcountll(whole < columns ? bits_at(row, whole, columns) : 0);
+  for (int64_t column = 0; column < whole; column += 64) {
+    uint64_t bits;
+    __builtin_memcpy(&bits, row.mask + column / 8, 8);
+    kept += __builtin_popcountll(bits);
+  }
   const int64_t spare = columns % 8;
   if (spare && row.mask[columns / 8] >> spare) return false;
   return kept == row.end - row.first && row.first >= 0 && row.end <= row.total;
@@ -62,40 +66,6 @@ static inline float value_at(const uint8_t *values, int64_t at) {
 static inline unsigned piece_bits(const Row &row, int64_t column, int64_t end) {
   const unsigned bits = column < end ? row.mask[column / 8] : 0;
   return PIECE > 8 && column + 8 < end ? bits | row.mask[column / 8 + 1] << 8 : bits;
-}
-
-// M tokens (rows of `x`, padded to whole pieces of the mask) with one row; M results `y_step` apart.
-template <Kind kind, int M>
-static void row_few(const Row &row, int64_t columns, const float *x, int64_t x_step, float *y,
-                    int64_t y_step) {
-  Vec total[M] = {};
-  int64_t at = row.first;
-  for (int64_t column = 0; column < columns; column += SCALE_COLUMNS) {
-    const int64_t end = columns - column < SCALE_COLUMNS ? columns : column + SCALE_COLUMNS;
-    // Two sums, so that a multiply-add need not wait for the one before it.
-    Vec even[M] = {}, odd[M] = {};
-    for (int64_t c = column; c < end; c += 2 * PIECE) {
-      const unsigned bits = piece_bits(row, c, end), more = piece_bits(row, c + PIECE, end);
-      const int64_t second = at + __builtin_popcount(bits);
-      const Vec w0 = expand_piece<kind>(row.values, at, row.total, bits);
-      const Vec w1 = expand_piece<kind>(row.values, second, row.total, more);
-      at = second + __builtin_popcount(more);
-      for (int t = 0; t < M; t++) even[t] += w0 * load(x + t * x_step + c);
-      for (int t = 0; t < M; t++) odd[t] += w1 * load(x + t * x_step + c + PIECE);
-    }
-    const float scale = IS_INTEGER[kind] ? bf16_value(row.scale[column / SCALE_COLUMNS]) : 1.0f;
-    for (int t = 0; t < M; t++) total[t] += (even[t] + odd[t]) * scale;
-  }
-  for (int t = 0; t < M; t++) y[t * y_step] = sum_piece(total[t]);
-}
-
-template <Kind kind>
-static void row_lanes(const Row &row, int64_t columns, const float *x, int64_t x_step,
-                      int64_t count, float *y, int64_t y_step) {
-  for (int64_t t = 0; t < count; t += 8, x += 8 * x_step, y += 8 * y_step) {
-    const int64_t some = count - t < 8 ? count - t : 8;
-    FOR_NUMBER(some, row_few<kind, N>(row, columns, x, x_step, y, y_step));
-  }
 }
 
 template <Kind kind>

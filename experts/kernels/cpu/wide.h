@@ -1,7 +1,7 @@
 // Vectors of 16 floats, for both AVX-512 files.
 
 static constexpr int64_t WIDTH = 16;
-static constexpr int LIVE = 16;
+static constexpr int LIVE = 16, FEW_SUMS = 24;
 static constexpr int FIRST_PREFETCH = 1;
 typedef float Vec __attribute__((vector_size(64)));
 typedef int Int __attribute__((vector_size(64)));
@@ -89,18 +89,30 @@ static inline void pair(const uint8_t *group, int, Vec &v0, Vec &v1) {
   }
 }
 
-// int4 values of a row from `at` on; it reads a ninth byte.
+// int4 values of a row from `at` on. Every lane takes two bytes and moves its half of them down.
 static constexpr int64_t PIECE = 16;
+
+struct Moves {
+  int32_t of[2][16];
+};
+
+static constexpr Moves all_moves() {
+  Moves moves = {};
+  for (int odd = 0; odd < 2; odd++)
+    for (int lane = 0; lane < 16; lane++) moves.of[odd][lane] = 4 * (lane % 2 + odd);
+  return moves;
+}
+
+alignas(64) static constexpr Moves MOVES = all_moves();
+
 static inline Vec codes_from(const uint8_t *values, int64_t at) {
-  const int first = 4 * (at % 2);
-  uint64_t halves;
-  __builtin_memcpy(&halves, values + at / 2, 8);
-  if (first) halves = halves >> 4 | (uint64_t)values[at / 2 + 8] << 60;
-  const Int places = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
-  const int low = (int)halves, high = (int)(halves >> 32);
-  const Int both = {low, low, low, low, low, low, low, low,
-                    high, high, high, high, high, high, high, high};
-  return (Vec)_mm512_cvtepi32_ps((__m512i)((both >> places & 15) - 8));
+  const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(values + at / 2)));
+  const __m512i pairs = _mm512_setr_epi32(
+      0x80800100, 0x80800100, 0x80800201, 0x80800201, 0x80800302, 0x80800302, 0x80800403,
+      0x80800403, 0x80800504, 0x80800504, 0x80800605, 0x80800605, 0x80800706, 0x80800706,
+      0x80800807, 0x80800807);
+  const Int both = (Int)_mm512_shuffle_epi8(bytes, pairs) >> load_int((const uint8_t *)MOVES.of[at % 2]);
+  return (Vec)_mm512_cvtepi32_ps((__m512i)((both & 15) - 8));
 }
 
 // Puts the first values where bits are set, zeros elsewhere.
@@ -109,11 +121,15 @@ static inline Vec place(Vec values, unsigned bits) {
 }
 
 static inline float sum_piece(Vec v) {
-  float lanes[16];
-  store(lanes, v);
-  for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-  return lanes[0];
+  typedef float Half __attribute__((vector_size(32)));
+  typedef float Quarter __attribute__((vector_size(16)));
+  Half half[2];
+  __builtin_memcpy(half, &v, 64);
+  const Half eight = half[0] + half[1];
+  Quarter quarter[2];
+  __builtin_memcpy(quarter, &eight, 32);
+  const Quarter four = quarter[0] + quarter[1];
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 #if defined(MOIETY_BF16_PAIRS)

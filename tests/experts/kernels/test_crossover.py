@@ -19,8 +19,8 @@ class Amx:
 @pytest.mark.parametrize(
     ("isa", "layout", "dtype", "tokens", "expected"),
     [
-        (Isa.AMX, "rows", torch.bfloat16, 1024, True),
-        (Isa.AMX, "rows", torch.bfloat16, 1023, False),
+        (Isa.AMX, "rows", torch.bfloat16, 4096, True),
+        (Isa.AMX, "rows", torch.bfloat16, 4095, False),
         (Isa.AMX, "tiled", torch.bfloat16, 1023, False),
         (Isa.AMX, "tiled", torch.bfloat16, 1024, True),
         (Isa.AMX, "rows", torch.float32, 8192, False),
