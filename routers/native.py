@@ -23,7 +23,7 @@ from moiety.routers.states import Ahead
 
 FILE = Path(__file__).with_name("_gates.so")
 LARGEST = 2**20
-"""Multiply-adds up to which one thread and one call are faster than torch's threads and calls."""
+"""Multiply-adds up to which one thread does a gate; chosen so that threads would hardly help."""
 _KINDS = {"softmax": 0, "sigmoid": 1, "sequence": 2}
 _DTYPES = (torch.float32, torch.bfloat16)
 
