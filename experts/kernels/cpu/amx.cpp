@@ -22,7 +22,7 @@ namespace amx {
 
 static constexpr Kernels kernels_with_panels(int64_t few_panels, int64_t few_pairs,
                                              int64_t few_code_pairs) {
-  Kernels kernels = kernels_with(16, 32, nullptr);
+  Kernels kernels = kernels_with(40, 32, nullptr);
   kernels.few_panels = few_panels;
   kernels.panels = panels;
   kernels.few_pairs = few_pairs;
