@@ -48,11 +48,10 @@ def prune_many(
 
     Started by `accelerate launch` or torchrun, every process takes its share, on a GPU of its own
     if the device is `cuda`; with equally many threads a process, the files are those of a single
-    process. With `shared_mask`, a base model,
-    one mask is chosen on that base with the text of all finetunes (kept as `out/shared-mask`) and
-    every finetune's values are fitted to it, so that any weighted sum of the results still
-    follows the pattern. Started again, it goes on; what is done is not done again. Raises as
-    `prune` does.
+    process. With `shared_mask`, a base model, one mask is chosen on that base with the text of all
+    finetunes (kept as `out/shared-mask`) and every finetune's values are fitted to it, so that any
+    weighted sum of the results still follows the pattern. Started again, it goes on; what is done
+    is not done again. Raises as `prune` does.
     """
     settings, out = settings or PruneSettings(), Path(out)
     names = [tune.name for tune in finetunes]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from moiety.errors import InputError
+from moiety.compiled import loaded
 from moiety.routers.spec import RouterSpec
 from moiety.routers.states import Ahead
 
@@ -156,10 +156,4 @@ def library() -> Library | None:
 
     InputError where it was built from other sources than these.
     """
-    try:
-        return Library() if FILE.is_file() else None
-    except AttributeError as error:
-        raise InputError(
-            f"expected a compiled gate of this version, but {FILE} is of another ({error}); "
-            "install moiety again (pip install -e .)"
-        ) from error
+    return loaded(FILE, Library, "a compiled gate")

@@ -166,7 +166,12 @@ def _as_batch(hidden: Tensor) -> Tensor:
 
 
 def _scaled(hidden: Tensor) -> Tensor:
-    return rms_norm(hidden.float(), hidden.shape[-1:], eps=EPSILON).to(hidden.dtype)
+    return normalised(hidden, EPSILON).to(hidden.dtype)
+
+
+def normalised(hidden: Tensor, epsilon: float) -> Tensor:
+    """Hidden states (..., D) over their root mean square, in fp32."""
+    return rms_norm(hidden.float(), hidden.shape[-1:], eps=epsilon)
 
 
 def _scrambled(value_T: Tensor) -> Tensor:

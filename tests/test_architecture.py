@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("experts", "routers", "compose", "analysis")
 SHARED = {"version", "errors", "progress", "files", "documents", "text", "training_state"}
-SHARED |= {"scoring", "units"}
+SHARED |= {"compiled", "scoring", "units"}
 MAY_IMPORT = {
     "shared": SHARED,
     "experts": SHARED | {"experts"},

@@ -12,6 +12,7 @@ from moiety.compose.recipe import Merge, Mixture, Recipe, Route, Routed
 from moiety.compose.recipe.kinds import RouterKind, WithShared
 from moiety.errors import InputError
 from moiety.experts.checkpoint import Checkpoint
+from moiety.experts.device import check_device
 from moiety.experts.pattern import Pattern
 
 
@@ -37,6 +38,9 @@ def check_kind(recipe: Recipe, base: Checkpoint) -> Iterator[Finding]:
     if isinstance(kind, Mixture | Routed):
         yield from _route(recipe.route, kind)
     if sparse:
+        prunings = [recipe.prune, *(e.prune for e in recipe.experts if e.prune is not None)]
+        for device in dict.fromkeys(pruning.device for pruning in prunings):
+            yield from problems_of("prune.device", partial(check_device, device))
         yield from _pattern(recipe, base)
 
 

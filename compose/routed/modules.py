@@ -9,14 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import linear
 
 from moiety.experts import kernels
 from moiety.experts.modules import PackedModule
 from moiety.experts.pattern import Pattern
 from moiety.routers import Flow, Router
-
-EPSILON = 1e-6
+from moiety.routers.router import EPSILON, normalised
 
 
 class Routes:
@@ -179,11 +178,6 @@ def _remember(module: nn.Module, routes: Routes) -> None:
 
 def _routes(module: nn.Module) -> Routes:
     return module.__dict__["_routes"]
-
-
-def normalised(hidden: Tensor, epsilon: float) -> Tensor:
-    """Hidden states (..., D) over their root mean square, in fp32."""
-    return rms_norm(hidden.float(), hidden.shape[-1:], eps=epsilon)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

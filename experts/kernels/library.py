@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moiety.compiled import loaded
 from moiety.errors import InputError
 from moiety.experts.kernels.weights import DTYPES, INTEGERS, Weights
 
@@ -251,13 +252,7 @@ def library() -> Library | None:
 
     InputError where it was built from other sources than these.
     """
-    try:
-        return Library() if FILE.is_file() else None
-    except AttributeError as error:
-        raise InputError(
-            f"expected compiled kernels of this version, but {FILE} is of another ({error}); "
-            "install moiety again (pip install -e .)"
-        ) from error
+    return loaded(FILE, Library, "compiled kernels")
 
 
 def description() -> str:

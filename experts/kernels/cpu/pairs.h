@@ -91,26 +91,6 @@ static inline bool all_inside(const Row *rows, int64_t count) {
   return count == TILE_ROWS && rows[count - 1].end + CHUNK + 2 <= rows[count - 1].total;
 }
 
-// Adds a chunk's products with N panels, `step` apart, to registers 0 to N - 1.
-template <int N>
-static inline void strip_products(const uint16_t *dense, const uint16_t *x, int64_t step) {
-  _tile_loadd(4, dense, 64);
-  _tile_loadd(5, x, 64);
-  _tile_dpbf16ps(0, 4, 5);
-  if constexpr (N > 1) {
-    _tile_loadd(6, x + step, 64);
-    _tile_dpbf16ps(1, 4, 6);
-  }
-  if constexpr (N > 2) {
-    _tile_loadd(7, x + 2 * step, 64);
-    _tile_dpbf16ps(2, 4, 7);
-  }
-  if constexpr (N > 3) {
-    _tile_loadd(5, x + 3 * step, 64);
-    _tile_dpbf16ps(3, 4, 5);
-  }
-}
-
 // The sums of N panels in registers 0 to N - 1 go to y, `y_step` apart. Those of codes are multiplied
 // by their rows' scales and added to those of the blocks of columns before.
 template <Kind kind, int N>
@@ -145,7 +125,7 @@ static void rows_strip(const Row *rows, int64_t *at, int64_t real, int64_t colum
     if (chunk < 0) continue;
     const int64_t in_stretch = chunk % PANEL_CHUNKS, before = chunk - in_stretch;
     const int64_t step = shorter(width / CHUNK - before, PANEL_CHUNKS) * SQUARE;
-    strip_products<N>(dense + chunk % ROWS_RING * SQUARE, x + (before * N + in_stretch) * SQUARE,
+    one_by_many<N, true>(dense + chunk % ROWS_RING * SQUARE, x + (before * N + in_stretch) * SQUARE,
                       step);
     const bool last = chunk + 1 == chunks;
     if (!last && !(IS_INTEGER[kind] && (chunk + 1) % SCALE_CHUNKS == 0)) continue;

@@ -77,36 +77,43 @@ class Ahead {
   int64_t line_ = 0, lines_, step_, tiles_, some_;
 };
 
-// Sums in register `to` take a product of tokens and weights, the latter first where ROWS_FIRST.
-#define ADD_PRODUCT(to, tokens, weights)                             \
-  if constexpr (ROWS_FIRST) _tile_dpbf16ps(to, weights, tokens);     \
-  else _tile_dpbf16ps(to, tokens, weights)
+// Sums in register `to` take a product of one with another, the other way round unless ONE_FIRST.
+#define ADD_PRODUCT(to, one, other)                             \
+  if constexpr (ONE_FIRST) _tile_dpbf16ps(to, one, other);      \
+  else _tile_dpbf16ps(to, other, one)
 
-// Adds a panel's product with a stretch of N tiles to registers 0 to N - 1.
+// Adds the products of one with N others, `step` apart, to registers 0 to N - 1.
+template <int N, bool ONE_FIRST>
+static inline void one_by_many(const uint16_t *one, const uint16_t *others, int64_t step) {
+  _tile_loadd(4, one, 64);
+  _tile_loadd(5, others, 64);
+  ADD_PRODUCT(0, 4, 5);
+  if constexpr (N > 1) {
+    _tile_loadd(6, others + step, 64);
+    ADD_PRODUCT(1, 4, 6);
+  }
+  if constexpr (N > 2) {
+    _tile_loadd(7, others + 2 * step, 64);
+    ADD_PRODUCT(2, 4, 7);
+  }
+  if constexpr (N > 3) {
+    _tile_loadd(5, others + 3 * step, 64);
+    ADD_PRODUCT(3, 4, 5);
+  }
+}
+
+#undef ADD_PRODUCT
+
+// Adds a panel's product with a stretch of N tiles, which come first where ROWS_FIRST, to registers 0
+// to N - 1.
 template <int N, bool ROWS_FIRST>
 static inline void panel_products(const uint16_t *x, const uint16_t *dense, int64_t chunks,
                                   Ahead &ahead) {
   for (int64_t c = 0; c < chunks; c++, x += SQUARE, dense += MOST_TILES * SQUARE) {
     ahead.fetch();
-    _tile_loadd(4, x, 64);
-    _tile_loadd(5, dense, 64);
-    ADD_PRODUCT(0, 4, 5);
-    if constexpr (N > 1) {
-      _tile_loadd(6, dense + SQUARE, 64);
-      ADD_PRODUCT(1, 4, 6);
-    }
-    if constexpr (N > 2) {
-      _tile_loadd(7, dense + 2 * SQUARE, 64);
-      ADD_PRODUCT(2, 4, 7);
-    }
-    if constexpr (N > 3) {
-      _tile_loadd(5, dense + 3 * SQUARE, 64);
-      ADD_PRODUCT(3, 4, 5);
-    }
+    one_by_many<N, !ROWS_FIRST>(x, dense, SQUARE);
   }
 }
-
-#undef ADD_PRODUCT
 
 template <int N>
 static inline void start_sums(const float *y, bool first) {

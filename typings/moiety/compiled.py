@@ -1,0 +1,1 @@
+../../moiety/compiled.py
