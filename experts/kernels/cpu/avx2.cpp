@@ -11,8 +11,8 @@ MOIETY_TARGET("avx2,fma,f16c,popcnt,bmi")
 namespace avx2 {
 
 static constexpr int64_t WIDTH = 8;
-static constexpr int LIVE = 8, FEW_SUMS = 8;
-static constexpr int FIRST_PREFETCH = 4;
+static constexpr int LIVE = 8, TWO_CHAINS = 4, FEW_SUMS = 8;
+static constexpr int FIRST_PREFETCH = 4, TOGETHER = 1;
 typedef float Vec __attribute__((vector_size(32)));
 typedef int Int __attribute__((vector_size(32)));
 

@@ -17,10 +17,10 @@ static int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
 static bool few_tokens(const Matrix &m, int64_t which, int64_t row, int64_t rows, const float *x,
                        int64_t x_step, int64_t count, float *y, int64_t y_step) {
   if (m.layout == TILES) {
-    for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-      const uint8_t *tile = tile_of(m, which, row + r);
-      FOR_KIND(m.kind, tile_few<K>(tile, chunks_of(m.columns), x, x_step, count, y + r, y_step));
-    }
+    const uint8_t *tile = tile_of(m, which, row);
+    const int64_t size = tile_size(m.kind, m.columns), chunks = chunks_of(m.columns);
+    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    FOR_KIND(m.kind, tiles_few<K>(tile, size, tiles, chunks, x, x_step, count, y, y_step));
     return true;
   }
 #if defined(MOIETY_EXPAND)
@@ -36,15 +36,21 @@ static bool few_tokens(const Matrix &m, int64_t which, int64_t row, int64_t rows
 #endif
 }
 
-template <Kind kind, int V>
-static void tiles_by_tokens(const Matrix &m, const uint8_t *tile, int64_t size, int64_t count,
-                            int64_t column, const float *x, float *y) {
-  const int64_t chunk = column / CHUNK;
+// A step of columns of one tile after the other; the next step of each is fetched meanwhile.
+template <Kind kind>
+static void tiles_step(const Matrix &m, const uint8_t *tile, int64_t size, int64_t count,
+                       int64_t column, const float *x, int64_t vectors, float *y) {
+  alignas(64) float values[LISTED][TILE_ROWS];
+  alignas(64) int32_t places[LISTED][TILE_ROWS];
+  const int64_t chunk = column / CHUNK, wide = vectors * WIDTH;
   const int64_t some = shorter(chunks_of(m.columns) - chunk, STEP / CHUNK);
-  for (int64_t i = 0; i < count; i++, tile += size) {
+  const int64_t bytes = some * chunk_bytes(kind);
+  for (int64_t i = 0; i < count; i++, tile += size, y += TILE_ROWS * wide) {
     const uint8_t *scale = tile + scale_at(kind, chunk / SCALE_CHUNKS);
     const uint8_t *at = tile + chunk_at(kind, chunk);
-    tile_step<kind, V>(at, some, scale, x, y + i * TILE_ROWS * V * WIDTH);
+    for (int64_t b = 0; b < bytes; b += 64) fetch(at + bytes + b);
+    list_tile<kind>(at, some, scale, (int)(wide * sizeof(float)), values, places);
+    FOR_NUMBER(vectors, add_tile<N>(values, places, 2 * GROUPS * some, x, y));
   }
 }
 
@@ -61,7 +67,7 @@ static void rows_by_tokens(const Matrix &m, const Row *rows, int64_t *at, int64_
       kept += __builtin_popcountll(words[w]);
     }
     const float scale = IS_INTEGER[kind] ? bf16_value(row.scale[column / SCALE_COLUMNS]) : 1.0f;
-    row_step<kind, V>(row.values, at[r], words, some, scale, x, y + r * V * WIDTH);
+    row_step<kind, V>(row.values, at[r], row.total, words, some, scale, x, y + r * V * WIDTH);
     at[r] += kept;
   }
 }
@@ -77,10 +83,8 @@ static int64_t words_of(const Matrix &m, int64_t vectors) {
 static void tiles_span(const Matrix &m, const uint8_t *tile, int64_t rows, int64_t column,
                        int64_t end, const float *x, int64_t vectors, float *y) {
   const int64_t size = tile_size(m.kind, m.columns), count = (rows + TILE_ROWS - 1) / TILE_ROWS;
-  for (; column < end; column += STEP, x += STEP * vectors * WIDTH) {
-    FOR_NUMBER(vectors,
-               FOR_KIND(m.kind, tiles_by_tokens<K, N>(m, tile, size, count, column, x, y)));
-  }
+  for (; column < end; column += STEP, x += STEP * vectors * WIDTH)
+    FOR_KIND(m.kind, tiles_step<K>(m, tile, size, count, column, x, vectors, y));
 }
 
 static void rows_span(const Matrix &m, const Row *rows, const int64_t *first, int64_t *at,
@@ -98,7 +102,7 @@ static void rows_span(const Matrix &m, const Row *rows, const int64_t *first, in
 // All tokens take a span of columns before any takes the next, so that it stays in the L2 cache
 // while every group of rows passes over it.
 static bool many_tokens(const Matrix &m, int64_t which, int64_t row, int64_t rows, const float *x,
-                        int64_t padded_columns, int64_t count, float *y) {
+                        int64_t padded_columns, int64_t count, int64_t block, float *y) {
   Row found[MOST_ROWS];
   int64_t at[MOST_ROWS], next[MOST_ROWS];
   const bool tiled = m.layout == TILES;
@@ -112,8 +116,8 @@ static bool many_tokens(const Matrix &m, int64_t which, int64_t row, int64_t row
   for (int64_t i = 0; i < room * padded_count; i++) y[i] = 0.0f;
   for (int64_t column = 0; column < m.columns; column += SPAN) {
     const int64_t end = shorter(column + SPAN, m.columns);
-    for (int64_t first = 0; first < count; first += BLOCK) {
-      const int64_t vectors = (shorter(count - first, BLOCK) + WIDTH - 1) / WIDTH;
+    for (int64_t first = 0; first < count; first += block) {
+      const int64_t vectors = (shorter(count - first, block) + WIDTH - 1) / WIDTH;
       const float *input = x + first * padded_columns + column * vectors * WIDTH;
       for (int64_t r = 0; r < rows; r += GROUP_ROWS) {
         const int64_t some = shorter(rows - r, GROUP_ROWS);
@@ -256,7 +260,7 @@ static constexpr Kernels kernels_with(int64_t few_tiles, int64_t few_rows,
                                       decltype(Kernels::dots) dots) {
   Kernels kernels = {};
   kernels.width = WIDTH;
-  kernels.block = BLOCK;
+  kernels.block = 8 * WIDTH;
   kernels.few_tiles = few_tiles;
   kernels.few_rows = few_rows;
   kernels.lanes = few_tokens;

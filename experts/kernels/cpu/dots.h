@@ -20,12 +20,13 @@ static void tile_dots(const uint8_t *tile, int64_t chunks, const uint16_t *x, in
     __m512 sum[M];
     for (int t = 0; t < M; t++) sum[t] = IS_INTEGER[kind] ? _mm512_setzero_ps() : total[t];
     for (int64_t one = 0; one < some; one++, tile += BYTES) {
+      fetch(tile + AHEAD);
       __m512i control = (__m512i)load_int(tile);
       const uint8_t *group = tile + CONTROL_BYTES;
       const uint16_t *input = x + (chunk + one) * CHUNK;
 #pragma GCC unroll 2
       for (int g = 0; g < GROUPS; g++, group += GROUP) {
-        if (M >= FIRST_PREFETCH) __builtin_prefetch(group + 4608);
+        fetch(group + AHEAD);
         const __m512i values = bf16_pair<kind>(group);
         const __m512i places = _mm512_permutexvar_epi32(control, table);
         control = _mm512_srli_epi32(control, 4);

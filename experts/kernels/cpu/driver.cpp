@@ -5,6 +5,7 @@
 
 #include "jobs.h"
 #include "scratch.h"
+#include "shares.h"
 
 namespace {
 
@@ -90,7 +91,8 @@ class Forward {
           if (status != OK) return status;
           count = tokens = 0;
         }
-        jobs_[count++] = {e, at, some, mode_of(some), nullptr, nullptr, 0, 0};
+        const int64_t block = block_of(some, k_.block);
+        jobs_[count++] = {e, at, some, mode_of(some), block, nullptr, nullptr, 0, 0};
         at += some;
         tokens += some;
       }
@@ -114,6 +116,7 @@ class Forward {
     static thread_local Scratch scratch;
     const int64_t results = MOST_ROWS * (JOB_TOKENS + DOTS_PAD);
     float *gates = nullptr, *ups = nullptr;
+    Share *grouped_shares = nullptr, *output_shares = nullptr;
     size_t size = 0;
     for (char *block = nullptr;; block = scratch.take(size)) {
       Pieces pieces(block);
@@ -123,6 +126,8 @@ class Forward {
       }
       gates = pieces.take<float>(call_.threads * results);
       ups = pieces.take<float>(call_.threads * results);
+      grouped_shares = pieces.take<Share>(call_.threads);
+      output_shares = pieces.take<Share>(call_.threads);
       if (block) break;
       if (size) return NO_MEMORY;
       size = pieces.used();
@@ -138,20 +143,19 @@ class Forward {
       last = last < rows ? rows : last;
     }
     const int64_t outputs = up_to(call_.down->rows, last) / last;
+    share_out(grouped_shares, call_.threads, grouped);
+    share_out(output_shares, call_.threads, outputs);
     status_ = OK;
 #pragma omp parallel num_threads(call_.threads)
     {
-      float *gate = gates + omp_get_thread_num() * results;
-      float *up = ups + omp_get_thread_num() * results;
+      const int64_t thread = omp_get_thread_num();
+      float *gate = gates + thread * results, *up = ups + thread * results;
 #pragma omp for schedule(dynamic, 4)
       for (int64_t i = 0; i < gathered; i++) gather(find(i, count, &Job::gathered), i);
-      if (call_.gate_up) {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < grouped; i++)
-          gate_and_up(find(i, count, &Job::grouped), i, gate, up);
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < outputs; i++)
+      for (int64_t i; (i = take(grouped_shares, call_.threads, thread)) >= 0;)
+        gate_and_up(find(i, count, &Job::grouped), i, gate, up);
+#pragma omp barrier
+      for (int64_t i; (i = take(output_shares, call_.threads, thread)) >= 0;)
         for (int64_t j = 0; j < count; j++) all_results_of(jobs_[j], i * last, last, gate);
     }
     return status_;
@@ -199,9 +203,9 @@ class Forward {
 
   void gather_block(const Job &job, int64_t item) {
     const int64_t pieces = up_to(width_, GATHER_COLUMNS) / GATHER_COLUMNS;
-    const int64_t first = item / pieces * k_.block, column = item % pieces * GATHER_COLUMNS;
-    const int64_t count = least(job.count - first, k_.block), wide = up_to(count, k_.width);
-    const void *rows[64];
+    const int64_t first = item / pieces * job.block, column = item % pieces * GATHER_COLUMNS;
+    const int64_t count = least(job.count - first, job.block), wide = up_to(count, k_.width);
+    const void *rows[MOST_BLOCK];
     for (int64_t t = 0; t < count; t++) rows[t] = token(job.first + first + t);
     const int64_t real = least(call_.x.width - column, GATHER_COLUMNS);
     float *block = job.x + first * width_ + column * wide;
@@ -241,7 +245,7 @@ class Forward {
 
   bool multiply(const Matrix &m, int64_t which, int64_t row, int64_t rows, const Job &job,
                 const float *x, int64_t width, float *y) const {
-    if (job.mode == BLOCKS) return k_.tokens(m, which, row, rows, x, width, job.count, y);
+    if (job.mode == BLOCKS) return k_.tokens(m, which, row, rows, x, width, job.count, job.block, y);
     if (job.mode == LANES)
       return k_.lanes(m, which, row, rows, x, width, job.count, y, most_rows(job));
     const uint16_t *halves = (const uint16_t *)x;
@@ -275,8 +279,8 @@ class Forward {
     const bool last = row + rows == inner_;
     const int64_t spare = last ? inner_width_ - inner_ : 0;
     if (job.mode == BLOCKS) {
-      for (int64_t first = 0; first < job.count; first += k_.block) {
-        const int64_t wide = up_to(least(job.count - first, k_.block), k_.width);
+      for (int64_t first = 0; first < job.count; first += job.block) {
+        const int64_t wide = up_to(least(job.count - first, job.block), k_.width);
         const int64_t from = first * room_of(rows);
         float *to = job.inner + first * inner_width_ + row * wide;
         k_.gated(call_.activation, gate + from, up + from, to, rows * wide);
@@ -361,7 +365,7 @@ class Forward {
 
   void put_turned(const Job &job, int64_t row, int64_t rows, const float *y) {
     const bool pairs = job.mode == PAIRS;
-    const int64_t block = pairs ? PANEL : k_.block, width = pairs ? PANEL : k_.width;
+    const int64_t block = pairs ? PANEL : job.block, width = pairs ? PANEL : k_.width;
     const int64_t room = pairs ? up_to(rows, TILE_ROWS) : room_of(rows);
     float turned[TURNED * MOST_ROWS];
     for (int64_t t = 0; t < job.count; t += TURNED) {

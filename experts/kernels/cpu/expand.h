@@ -18,14 +18,17 @@ static constexpr Columns all_columns() {
 
 alignas(64) static constexpr Columns COLUMNS = all_columns();
 
-// The columns whose bits are set in some words of 64, in order; writes up to 8 more than it counts.
+// The columns whose bits are set in some words of 64, in order and times `wide`; writes up to 8 more
+// than it counts.
+template <int64_t wide>
 static inline int64_t columns_of(const uint64_t *words, int64_t some, uint16_t *columns) {
   int64_t count = 0;
   for (int64_t byte = 0; byte < 8 * some; byte++) {
     const unsigned bits = words[byte / 8] >> 8 * (byte % 8) & 255;
     const __m128i places = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)COLUMNS.of[bits]));
     const __m128i first = _mm_set1_epi16((short)(8 * byte));
-    _mm_storeu_si128((__m128i *)(columns + count), _mm_add_epi16(places, first));
+    const __m128i found = _mm_mullo_epi16(_mm_add_epi16(places, first), _mm_set1_epi16((short)wide));
+    _mm_storeu_si128((__m128i *)(columns + count), found);
     count += __builtin_popcount(bits);
   }
   return count;
@@ -54,7 +57,11 @@ static inline Vec last_values(const uint8_t *values, int64_t at, int64_t total) 
 }
 
 template <Kind kind>
+static inline Vec piece_from(const uint8_t *values, int64_t at, int64_t total) {
+  return at + REACH <= total ? values_from<kind>(values, at) : last_values<kind>(values, at, total);
+}
+
+template <Kind kind>
 static inline Vec expand_piece(const uint8_t *values, int64_t at, int64_t total, unsigned bits) {
-  return place(at + REACH <= total ? values_from<kind>(values, at)
-                                   : last_values<kind>(values, at, total), bits);
+  return place(piece_from<kind>(values, at, total), bits);
 }

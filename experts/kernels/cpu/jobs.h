@@ -10,6 +10,7 @@ enum Mode { LANES, BLOCKS, DOTS, PANELS, PAIRS };
 struct Job {
   int64_t expert, first, count;
   Mode mode;
+  int64_t block;  // tokens of one of its blocks
   float *x, *inner;
   int64_t gathered, grouped;  // items of earlier jobs in the two phases that go over jobs
 };
@@ -18,6 +19,14 @@ static inline int64_t up_to(int64_t value, int64_t unit) {
   return (value + unit - 1) / unit * unit;
 }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static constexpr int64_t MOST_BLOCK = 128;
+
+// Tokens of each block, so that all are about as large.
+static inline int64_t block_of(int64_t tokens, int64_t most) {
+  const int64_t blocks = up_to(tokens, most) / most;
+  return up_to((tokens + blocks - 1) / blocks, 16);
+}
 
 // Rows of one product. Tokens of LANES and DOTS lie so far apart in its results.
 static inline int64_t most_rows(const Job &job) {
@@ -44,7 +53,7 @@ static inline int64_t gather_items(const Job &job, const Kernels &k, int64_t wid
   if (job.mode == LANES) return job.count;
   if (job.mode == DOTS) return job.count + DOTS_PAD;
   if (job.mode == PANELS) return up_to(job.count, PANEL);
-  const int64_t together = job.mode == PAIRS ? PANEL : k.block;
+  const int64_t together = job.mode == PAIRS ? PANEL : job.block;
   return up_to(job.count, together) / together * (up_to(width, GATHER_COLUMNS) / GATHER_COLUMNS);
 }
 

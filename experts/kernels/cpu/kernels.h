@@ -7,7 +7,7 @@
 
 struct Kernels {
   int64_t width;  // floats of a vector; a block of tokens is padded to whole vectors
-  int64_t block;  // tokens of a whole block
+  int64_t block;  // at most so many tokens
   int64_t few_tiles, few_rows;  // up to so many tokens of one matrix, `lanes` is the faster one
 
   // y (count x rows, y_step apart) of rows `row` to `row + rows` for tokens x (x_step apart, fp32,
@@ -18,7 +18,7 @@ struct Kernels {
   // The same for blocks of transposed tokens: x and y hold one block after the other, each
   // (columns padded to 64, or rows) x (its tokens padded to whole vectors).
   bool (*tokens)(const Matrix &, int64_t which, int64_t row, int64_t rows, const float *x,
-                 int64_t padded_columns, int64_t count, float *y);
+                 int64_t padded_columns, int64_t count, int64_t block, float *y);
 
   // As `lanes` for bf16 tokens, with DOTS_PAD more of zeros behind them and as much room in y; null
   // where the CPU has no bf16 products. For tiles of bf16, int8 and int4.

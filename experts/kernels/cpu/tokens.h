@@ -1,100 +1,107 @@
 // Many tokens: tokens in the lanes of the vectors, so that each kept weight is one multiply-add
 // on a whole vector and the zeros cost nothing, in either layout and for any pattern.
 //
-// A block is up to BLOCK tokens, transposed: x[column][token]. STEP columns of it stay in the L1
-// cache while all rows of a group pass over them.
+// Tokens come in blocks, transposed: x[column][token]. STEP columns of one stay in the L1 cache
+// while all rows of a group pass over them. Kept values and where their columns are in the block
+// are listed first, many at once, so that all kinds of values are multiplied by the same loop.
 
-static constexpr int64_t BLOCK = 8 * WIDTH < 64 ? 8 * WIDTH : 64;
 static constexpr int64_t STEP = 2 * CHUNK;
 static constexpr int64_t SPAN = 512;
 static constexpr int64_t MOST_WORDS = 4;
+static constexpr int64_t LISTED = 2 * GROUPS * STEP / CHUNK;  // of each row of a tile
 
-// The kept values of lane `r` of one group of a tile.
-template <Kind kind>
-static inline void pair_of(const uint8_t *group, int r, float scale, Vec &v0, Vec &v1) {
-  if constexpr (kind == BF16) {
-    const Int both = spread_int(load_u32(group + 4 * r));
-    v0 = (Vec)(both << 16);
-    v1 = (Vec)(both & (int)0xffff0000);
-  } else if constexpr (kind == FP32) {
-    v0 = spread(load_f32(group + 4 * r));
-    v1 = spread(load_f32(group + 64 + 4 * r));
-  } else if constexpr (kind == FP16) {
-    v0 = spread(half_value(load_u16(group + 2 * r)));
-    v1 = spread(half_value(load_u16(group + 32 + 2 * r)));
-  } else if constexpr (kind == INT8) {
-    v0 = spread((float)(int8_t)group[r] * scale);
-    v1 = spread((float)(int8_t)group[16 + r] * scale);
-  } else {
-    v0 = spread((float)((group[r] & 15) - 8) * scale);
-    v1 = spread((float)((group[r] >> 4) - 8) * scale);
-  }
+static inline const float *at_place(const float *x, int64_t bytes) {
+  const float *at = (const float *)((const char *)x + bytes);
+  // Added up once, not by every instruction that loads from there.
+  __asm__("" : "+r"(at));
+  return at;
 }
 
-// Adds one tile's product over up to two chunks to `sums` (16 x V vectors, `sums_step` apart).
-template <Kind kind, int V>
-static void tile_step(const uint8_t *chunk, int64_t some, const uint8_t *scales, const float *x,
-                      float *sums) {
-  constexpr int64_t GROUP = GROUP_BYTES[kind], BYTES = CONTROL_BYTES + GROUPS * GROUP;
-  constexpr int64_t WIDE = V * WIDTH;
-  for (int r = 0; r < TILE_ROWS; r++, sums += WIDE) {
-    // Few vectors need a second sum, so that a multiply-add need not wait for the one before it.
-    constexpr bool TWO = V <= 4;
-    Vec sum[V], other[V] = {};
-    for (int j = 0; j < V; j++) sum[j] = load(sums + j * WIDTH);
-    const float scale = IS_INTEGER[kind] ? bf16_value(load_u16(scales + 2 * r)) : 1.0f;
-    const float *input = x;
-    for (int64_t c = 0; c < some; c++) {
-      uint32_t control = load_u32(chunk + c * BYTES + 4 * r);
-      const uint8_t *group = chunk + c * BYTES + CONTROL_BYTES;
+// Adds listed values of one row, BETWEEN apart, times the tokens at their places (bytes behind `x`)
+// to its V sums.
+template <int V, int BETWEEN, class Place>
+static inline void add_listed(const float *values, const Place *places, int64_t count,
+                              const float *x, float *sums) {
+  // A second sum where there are registers for it: a multiply-add need not wait for the one before.
+  constexpr bool TWO = 2 * V <= LIVE;
+  Vec sum[V], other[V] = {};
+#pragma GCC unroll 8
+  for (int j = 0; j < V; j++) sum[j] = load(sums + j * WIDTH);
 #pragma GCC unroll 2
-      for (int g = 0; g < GROUPS; g++, group += GROUP, input += 4 * WIDE, control >>= 4) {
+  for (int64_t i = 0; i + 1 < count; i += 2) {
+    const Vec v0 = spread(values[i * BETWEEN]), v1 = spread(values[(i + 1) * BETWEEN]);
+    const float *x0 = at_place(x, places[i * BETWEEN]);
+    const float *x1 = at_place(x, places[(i + 1) * BETWEEN]);
+#pragma GCC unroll 8
+    for (int j = 0; j < V; j++) sum[j] += v0 * load(x0 + j * WIDTH);
+#pragma GCC unroll 8
+    for (int j = 0; j < V; j++) (TWO ? other : sum)[j] += v1 * load(x1 + j * WIDTH);
+  }
+  if (count % 2) {
+    const Vec value = spread(values[(count - 1) * BETWEEN]);
+    const float *input = at_place(x, places[(count - 1) * BETWEEN]);
+#pragma GCC unroll 8
+    for (int j = 0; j < V; j++) sum[j] += value * load(input + j * WIDTH);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < V; j++) store(sums + j * WIDTH, TWO ? sum[j] + other[j] : sum[j]);
+}
+
+// Lists what 16 rows keep of up to two chunks of a tile, for blocks with `wide` bytes a column.
+template <Kind kind>
+static void list_tile(const uint8_t *chunk, int64_t some, const uint8_t *scales, int wide,
+                      float (*values)[TILE_ROWS], int32_t (*places)[TILE_ROWS]) {
+  constexpr int64_t GROUP = GROUP_BYTES[kind], BYTES = CONTROL_BYTES + GROUPS * GROUP;
+  for (int part = 0; part < TILE_ROWS / WIDTH; part++) {
+    const int64_t lane = part * WIDTH;
+    Vec scale = {};
+    if (IS_INTEGER[kind]) scale = load_bf16(scales + 2 * lane);
+    for (int64_t c = 0; c < some; c++) {
+      Int control = load_int(chunk + c * BYTES + 4 * lane);
+      const uint8_t *group = chunk + c * BYTES + CONTROL_BYTES;
+      for (int g = 0; g < GROUPS; g++, group += GROUP, control >>= 4) {
+        const int64_t at = 2 * (c * GROUPS + g);
         Vec v0, v1;
-        pair_of<kind>(group, r, scale, v0, v1);
-        const float *x0 = input + (control & 3) * WIDE, *x1 = input + (control >> 2 & 3) * WIDE;
-        for (int j = 0; j < V; j++) sum[j] += v0 * load(x0 + j * WIDTH);
-        for (int j = 0; j < V; j++) (TWO ? other : sum)[j] += v1 * load(x1 + j * WIDTH);
+        pair<kind>(group, part, v0, v1);
+        if (IS_INTEGER[kind]) v0 *= scale, v1 *= scale;
+        store(values[at] + lane, v0);
+        store(values[at + 1] + lane, v1);
+        const int first = 2 * at * wide;
+        const Int p0 = (control & 3) * wide + first, p1 = (control >> 2 & 3) * wide + first;
+        __builtin_memcpy(places[at] + lane, &p0, sizeof(Int));
+        __builtin_memcpy(places[at + 1] + lane, &p1, sizeof(Int));
       }
     }
-    for (int j = 0; j < V; j++) store(sums + j * WIDTH, TWO ? sum[j] + other[j] : sum[j]);
   }
 }
 
-// Adds one row's product over the columns whose bits are set in some words of 64 to `sums`.
+// Adds one tile's product over up to two chunks to `sums` (16 x V vectors).
+template <int V>
+static void add_tile(const float (*values)[TILE_ROWS], const int32_t (*places)[TILE_ROWS],
+                     int64_t count, const float *x, float *sums) {
+  for (int r = 0; r < TILE_ROWS; r++, sums += V * WIDTH)
+    add_listed<V, TILE_ROWS>(values[0] + r, places[0] + r, count, x, sums);
+}
+
+// Adds one row's product over the columns whose bits are set in some words of 64 to `sums`. The
+// first of its values there is the matrix's `first` of `total`.
 template <Kind kind, int V>
-static void row_step(const uint8_t *values, int64_t first, const uint64_t *words, int64_t some,
-                     float scale, const float *x, float *sums) {
-  Vec sum[V];
-  for (int j = 0; j < V; j++) sum[j] = load(sums + j * WIDTH);
+static void row_step(const uint8_t *values, int64_t first, int64_t total, const uint64_t *words,
+                     int64_t some, float scale, const float *x, float *sums) {
+  constexpr int64_t WIDE = V * WIDTH * 4;
+  float kept[MOST_WORDS * 64 + 16];
+  uint16_t places[MOST_WORDS * 64 + 8];
 #if defined(MOIETY_EXPAND)
-  if constexpr (V <= 4) {
-    // With few vectors a mispredicted end of a loop costs as much as the products in it, so the
-    // columns of all words are listed before. Two sums, so that no product waits for the other.
-    uint16_t columns[MOST_WORDS * 64 + 8];
-    const int64_t count = columns_of(words, some, columns);
-    Vec other[V] = {};
-    for (int64_t i = 0; i + 1 < count; i += 2) {
-      const Vec v0 = spread(value_at<kind>(values, first + i) * scale);
-      const Vec v1 = spread(value_at<kind>(values, first + i + 1) * scale);
-      const float *x0 = x + columns[i] * (V * WIDTH), *x1 = x + columns[i + 1] * (V * WIDTH);
-      for (int j = 0; j < V; j++) sum[j] += v0 * load(x0 + j * WIDTH);
-      for (int j = 0; j < V; j++) other[j] += v1 * load(x1 + j * WIDTH);
+  const int64_t count = columns_of<WIDE>(words, some, places);
+  for (int64_t i = 0; i < count; i += PIECE)
+    store(kept + i, piece_from<kind>(values, first + i, total) * scale);
+#else
+  int64_t count = 0;
+  for (int64_t w = 0; w < some; w++)
+    for (uint64_t bits = words[w]; bits; bits &= bits - 1, count++) {
+      kept[count] = value_at<kind>(values, first + count) * scale;
+      places[count] = (uint16_t)((64 * w + __builtin_ctzll(bits)) * WIDE);
     }
-    if (count % 2) {
-      const Vec value = spread(value_at<kind>(values, first + count - 1) * scale);
-      const float *input = x + columns[count - 1] * (V * WIDTH);
-      for (int j = 0; j < V; j++) sum[j] += value * load(input + j * WIDTH);
-    }
-    for (int j = 0; j < V; j++) store(sums + j * WIDTH, sum[j] + other[j]);
-    return;
-  }
 #endif
-  for (int64_t w = 0; w < some; w++, x += 64 * V * WIDTH) {
-    for (uint64_t bits = words[w]; bits; bits &= bits - 1, first++) {
-      const Vec value = spread(value_at<kind>(values, first) * scale);
-      const float *input = x + __builtin_ctzll(bits) * (V * WIDTH);
-      for (int j = 0; j < V; j++) sum[j] += value * load(input + j * WIDTH);
-    }
-  }
-  for (int j = 0; j < V; j++) store(sums + j * WIDTH, sum[j]);
+  add_listed<V, 1>(kept, places, count, x, sums);
 }
