@@ -21,6 +21,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moiety.errors import InputError
+from moiety.experts.dense import read_fast
 from moiety.experts.modules import PackedModule, SparseExperts, SparseLinear
 from moiety.experts.packing import VALUES, VERSION
 from moiety.experts.pattern import Pattern
@@ -204,6 +205,7 @@ class PackedQuantizer(HfQuantizer):
             if isinstance(module, PackedModule):
                 module.check(name)
                 module.prepare()
+        read_fast(model)
         return model
 
 

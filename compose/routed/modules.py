@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from moiety.experts import kernels
+from moiety.experts.dense import linear
 from moiety.experts.modules import PackedModule
 from moiety.experts.pattern import Pattern
 from moiety.routers import Flow, Router

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moiety.experts.kernels import ops as _ops
+from moiety.experts.kernels.crossover import reads_faster
 from moiety.experts.kernels.gpu import gpu_kernels
 from moiety.experts.kernels.layouts import dense, tiled, untiled, with_starts
 from moiety.experts.kernels.library import description
@@ -19,9 +20,11 @@ from moiety.experts.kernels.weights import Weights, packed
 __all__ = [
     "Weights",
     "dense",
+    "dense_linear",
     "description",
     "gpu_kernels",
     "packed",
+    "reads_faster",
     "sparse_experts",
     "sparse_linear",
     "sparse_routed_linear",
@@ -42,6 +45,21 @@ def sparse_linear(input: Tensor, weights: Weights) -> Tensor:
     flat_TI = input.reshape(-1, weights.columns)
     output_TO = torch.ops.moiety.sparse_linear(flat_TI, *weights)
     return output_TO.reshape(*input.shape[:-1], weights.rows)
+
+
+def dense_linear(input: Tensor, weight_OI: Tensor) -> Tensor:
+    """`input @ weightᵀ` (..., O) for a dense matrix: torch's product, but few tokens read faster.
+
+    ValueError when the width or the dtype does not fit.
+    """
+    _check_width("input", input, weight_OI.shape[-1])
+    if weight_OI.dim() != 2 or weight_OI.dtype != input.dtype:
+        raise ValueError(
+            f"expected a matrix of the input's dtype, {input.dtype}, but it is "
+            f"{weight_OI.dtype} of shape {tuple(weight_OI.shape)}"
+        )
+    output_TO = torch.ops.moiety.dense_linear(input.reshape(-1, weight_OI.shape[1]), weight_OI)
+    return output_TO.reshape(*input.shape[:-1], len(weight_OI))
 
 
 def sparse_routed_linear(

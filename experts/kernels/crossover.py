@@ -1,7 +1,9 @@
-"""When a matrix is expanded for torch's dense product instead of multiplied as it is stored.
+"""When torch's dense product is the faster one. docs/kernels.md has the figures.
 
-Only where the CPU multiplies bf16 with AMX, whose products of many tokens are bound by arithmetic
-that knows no sparsity. Measured on Emerald Rapids: docs/kernels.md has the figures.
+Sparse matrices are expanded for it only where the CPU multiplies bf16 with AMX, whose products of
+many tokens are bound by arithmetic that knows no sparsity. Dense ones are left to it but for few
+tokens, which read a matrix more slowly there than here. Measured on Emerald Rapids, with oneDNN
+kept to each instruction set.
 """
 
 import torch
@@ -29,3 +31,21 @@ def better_dense(input_TI: Tensor, weights: Weights, tokens: float) -> bool:
         and weights.rows * weights.columns >= SMALLEST
         and tokens >= (DENSE_FROM if weights.is_tiled else ROWS_DENSE_FROM)
     )
+
+
+# The most tokens that multiply a dense matrix here. torch's bf16 is slow on AVX2.
+_FEW = {
+    Isa.AVX2: {torch.bfloat16: 64, torch.float32: 12},
+    Isa.AVX512: {torch.bfloat16: 12, torch.float32: 12},
+    Isa.AVX512_BF16: {torch.bfloat16: 4, torch.float32: 12},
+    Isa.AMX: {torch.bfloat16: 4, torch.float32: 12},
+}
+
+
+def reads_faster(input: Tensor, weight_OI: Tensor) -> bool:
+    """Whether a dense matrix (O, I) is multiplied sooner here than by torch, by input (..., I)."""
+    kernels = native(weight_OI)
+    if kernels is None or weight_OI.numel() < SMALLEST or not weight_OI.is_contiguous():
+        return False
+    most = _FEW.get(kernels.best, {}).get(weight_OI.dtype, 0)
+    return 0 < input.numel() <= most * weight_OI.shape[1]

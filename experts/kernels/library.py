@@ -11,18 +11,20 @@ import functools
 from ctypes import POINTER, byref, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moiety.compiled import loaded
 from moiety.errors import InputError
-from moiety.experts.kernels.weights import DTYPES, INTEGERS, Weights
+from moiety.experts.kernels.weights import DTYPES, INTEGERS, KIND_OF, Weights
 
 FILE = Path(__file__).with_name("_cpu.so")
 _KIND_CODE = {kind: code for code, kind in enumerate(DTYPES)}
 _ACTIVATION_CODE = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
 _BAD_MASK, _NO_MEMORY = 1, 2
+_ROWS, _TILES, _DENSE = 0, 1, 2
 
 
 class Isa(IntEnum):
@@ -142,26 +144,68 @@ class Library:
         `base_TO`. With `gate_up`, the tokens first go through `activation(gate) * up`. ValueError
         where a mask and its values disagree.
         """
-        isa = self.best if isa is None else isa
-        if isa not in self.supported:
-            raise InputError(f"expected a CPU with {isa.name}, but it has {self.best.name} at best")
-        output_TO = torch.empty(len(input_TI), down.rows, dtype=input_TI.dtype)
-        bf16 = input_TI.dtype == torch.bfloat16
-        tokens = _Tokens(input_TI.data_ptr(), len(input_TI), input_TI.shape[1], bf16)
-        routes, matrix, above = None, self._matrix(down), None
+        routes, (matrix, _kept), above = None, self._matrix(down), None
         if experts_TA is not None and weights_TA is not None:
             routes = _Routes(experts_TA.data_ptr(), weights_TA.data_ptr(), experts_TA.shape[1])
         if gate_up is not None:
             above = self._matrix(gate_up)
+        return self._run(
+            input_TI,
+            matrix,
+            gate_up=byref(above[0]) if above else None,
+            activation=_ACTIVATION_CODE[activation],
+            routes=byref(routes) if routes else None,
+            base=_pointer(base_TO),
+            isa=isa,
+            threads=threads,
+        )
+
+    def dense_linear(
+        self,
+        input_TI: Tensor,
+        weight_OI: Tensor,
+        *,
+        isa: Isa | None = None,
+        threads: int | None = None,
+    ) -> Tensor:
+        """`x Wᵀ` (T, O) of a dense matrix, in the input's dtype; both are contiguous, bf16 or fp32.
+
+        For few tokens: with many, torch's own product is faster. InputError without AVX2.
+        """
+        if (self.best if isa is None else isa) == Isa.PORTABLE:
+            raise InputError("expected a CPU with AVX2 for dense products, but it has none")
+        shape = (1, *weight_OI.shape)
+        kind = KIND_OF[weight_OI.dtype]
+        matrix = _as_given(weight_OI.data_ptr(), weight_OI.nbytes, *shape, kind, _DENSE)
+        return self._run(input_TI, matrix, isa=isa, threads=threads)
+
+    def _run(
+        self,
+        input_TI: Tensor,
+        matrix: _Matrix,
+        *,
+        gate_up: Any = None,
+        activation: int = 0,
+        routes: Any = None,
+        base: int | None = None,
+        isa: Isa | None,
+        threads: int | None,
+    ) -> Tensor:
+        isa = self.best if isa is None else isa
+        if isa not in self.supported:
+            raise InputError(f"expected a CPU with {isa.name}, but it has {self.best.name} at best")
+        output_TO = torch.empty(len(input_TI), matrix.rows, dtype=input_TI.dtype)
+        bf16 = input_TI.dtype == torch.bfloat16
+        tokens = _Tokens(input_TI.data_ptr(), len(input_TI), input_TI.shape[1], bf16)
         status = self._functions.moiety_forward(
             isa,
             threads or _threads(),
-            byref(above[0]) if above else None,
-            byref(matrix[0]),
-            _ACTIVATION_CODE[activation],
+            gate_up,
+            byref(matrix),
+            activation,
             byref(tokens),
-            byref(routes) if routes else None,
-            _pointer(base_TO),
+            routes,
+            base,
             output_TO.data_ptr(),
         )
         _check(status)
@@ -173,7 +217,7 @@ class Library:
         each = values.numel() // max(1, len(values))
         if mask is None:
             shape = (weights.stack, weights.rows, weights.columns)
-            return _of_tiles(values.data_ptr(), each, *shape, weights.kind), None
+            return _as_given(values.data_ptr(), each, *shape, weights.kind, _TILES), None
         matrix = _Matrix(
             values=values.data_ptr(),
             mask=mask.data_ptr(),
@@ -188,7 +232,7 @@ class Library:
             scale_step=0 if scale is None else scale[0].numel(),
             starts_step=weights.rows + 1,
             kind=_KIND_CODE[weights.kind],
-            layout=0,
+            layout=_ROWS,
         )
         if values.dim() == 3:
             if weights.kind == "int4":
@@ -203,8 +247,10 @@ class Library:
 
 
 @functools.lru_cache(4096)
-def _of_tiles(data: int, each: int, stack: int, rows: int, columns: int, kind: str) -> _Matrix:
-    """The C structure of tiles, which only depends on these numbers."""
+def _as_given(
+    data: int, each: int, stack: int, rows: int, columns: int, kind: str, layout: int
+) -> _Matrix:
+    """The C structure of tiles or dense matrices, which only depends on these numbers."""
     return _Matrix(
         values=data,
         count=stack,
@@ -214,7 +260,7 @@ def _of_tiles(data: int, each: int, stack: int, rows: int, columns: int, kind: s
         total=each,
         values_step=each,
         kind=_KIND_CODE[kind],
-        layout=1,
+        layout=layout,
     )
 
 

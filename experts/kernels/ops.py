@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moiety.experts.kernels import layouts, reference
-from moiety.experts.kernels.crossover import better_dense
+from moiety.experts.kernels.crossover import better_dense, reads_faster
 from moiety.experts.kernels.gpu import gpu_kernels
 from moiety.experts.kernels.weights import Weights, contiguous
 
@@ -123,6 +123,36 @@ def _linear_gradient(ctx, gradient_TO):
 
 torch.library.register_autograd(
     "moiety::sparse_linear", _linear_gradient, setup_context=_linear_save, lib=_LIBRARY
+)
+
+
+def _dense_linear(input_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    kernels = layouts.native(input_TI)
+    if kernels is None or not reads_faster(input_TI, weight_OI):
+        return torch.nn.functional.linear(input_TI, weight_OI)
+    return kernels.dense_linear(input_TI.contiguous(), weight_OI)
+
+
+_define(
+    "dense_linear",
+    "Tensor input, Tensor weight) -> Tensor",
+    _dense_linear,
+    lambda input_TI, weight_OI: input_TI.new_empty(len(input_TI), len(weight_OI)),
+)
+
+
+def _dense_linear_gradient(ctx, gradient_TO):
+    input_TI, weight_OI = ctx.saved_tensors
+    wanted_input, wanted_weight = ctx.needs_input_grad
+    back_TI = gradient_TO @ weight_OI if wanted_input else None
+    return back_TI, gradient_TO.mT @ input_TI if wanted_weight else None
+
+
+torch.library.register_autograd(
+    "moiety::dense_linear",
+    _dense_linear_gradient,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    lib=_LIBRARY,
 )
 
 

@@ -18,7 +18,7 @@ DTYPES = {
     "int4": torch.uint8,
 }
 INTEGERS = ("int8", "int4")
-_KIND_OF = {dtype: kind for kind, dtype in DTYPES.items()}
+KIND_OF = {dtype: kind for kind, dtype in DTYPES.items()}
 
 
 class Weights(NamedTuple):
@@ -96,10 +96,10 @@ def packed(
 
     Raises ValueError when shapes or dtypes do not fit each other.
     """
-    kind = _KIND_OF.get(values.dtype)
+    kind = KIND_OF.get(values.dtype)
     if kind is None or mask_EOB.dtype != torch.uint8:
         raise ValueError(
-            f"expected packed values in {', '.join(map(str, _KIND_OF))} and a torch.uint8 mask, "
+            f"expected packed values in {', '.join(map(str, KIND_OF))} and a torch.uint8 mask, "
             f"but they are {values.dtype} and {mask_EOB.dtype}"
         )
     if mask_EOB.dim() not in (2, 3) or mask_EOB.shape[-1] != -(-in_features // 8):

@@ -7,6 +7,7 @@
 #include "rows.h"
 #if defined(MOIETY_EXPAND)
 #include "few.h"
+#include "dense.h"
 #endif
 #include "tiles.h"
 #include "tokens.h"
@@ -24,6 +25,10 @@ static bool few_tokens(const Matrix &m, int64_t which, int64_t row, int64_t rows
     return true;
   }
 #if defined(MOIETY_EXPAND)
+  if (m.layout == DENSE) {
+    dense_tokens(m, row, rows, x, x_step, count, y, y_step);
+    return true;
+  }
   Row found[GROUP_ROWS];
   for (int64_t r = 0; r < rows; r++) {
     found[r] = row_of(m, which, row + r);

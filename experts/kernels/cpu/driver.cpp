@@ -104,6 +104,7 @@ class Forward {
     const bool tiles = call_.down->layout == TILES;
     const bool same = !call_.gate_up || call_.gate_up->layout == call_.down->layout;
     const int32_t kind = call_.down->kind;
+    if (call_.down->layout == DENSE) return LANES;
     const bool bf16 = call_.x.bf16 && kind != FP16 && kind != FP32 && same;
     if (bf16 && tiles && k_.panels && tokens > k_.few_panels) return PANELS;
     const int64_t few = IS_INTEGER[kind] ? k_.few_code_pairs : k_.few_pairs;

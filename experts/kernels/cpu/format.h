@@ -1,7 +1,7 @@
 // What Python hands over and how a tiled matrix is laid out. Plain data and constants only: this
 // file is compiled once for every instruction set, so it must not emit any code of its own.
 //
-// A matrix (rows x columns) comes in one of two layouts:
+// A matrix (rows x columns) comes in one of three layouts:
 //
 //   rows   the packed format as it is stored: kept values row by row, a bit mask, for integers a
 //          bf16 scale a row for each 128 columns.
@@ -10,6 +10,7 @@
 //            16 x uint32   control: nibble g of lane r holds the two kept columns of group g
 //            8 x group     the kept values of the 16 rows, see GROUP_BYTES
 //          and for integers 16 bf16 scales stand before every fourth chunk.
+//   dense  every value, bf16 or fp32, row by row: for few tokens.
 
 #pragma once
 
@@ -17,7 +18,7 @@
 #include <stdint.h>
 
 enum Kind : int32_t { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4 };
-enum Layout : int32_t { ROWS = 0, TILES = 1 };
+enum Layout : int32_t { ROWS = 0, TILES = 1, DENSE = 2 };
 enum Activation : int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
 enum Status : int32_t { OK = 0, BAD_MASK = 1, NO_MEMORY = 2, BAD_ARGUMENT = 3 };

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 SUPPORTED = [isa for isa in Isa if (found := library()) is not None and isa in found.supported]
 ISAS = SUPPORTED or [Isa.PORTABLE]
 LAYOUTS = [("2:4", "tiles"), ("2:4", "rows"), ("0.3", "rows")]
-TOKENS = (1, 2, 5, 9, 17, 33, 130)
+TOKENS = (1, 2, 3, 4, 5, 9, 14, 23, 33, 90, 100, 128, 130)
 
 
 @pytest.fixture(autouse=True)
