@@ -57,12 +57,16 @@ def _peer(name: str, gate_up: nn.Parameter, down: nn.Parameter) -> MixtralExpert
 
 
 def _peers(gate_up: Weights, down: Weights) -> dict[str, tuple[MixtralExperts, torch.dtype]]:
-    """transformers' implementations in both dtypes; those of a dtype share one set of weights."""
+    """transformers' implementations in both dtypes, each with weights of its own.
+
+    If two shared them, the second would find in the caches what the first one read.
+    """
     found: dict[str, tuple[MixtralExperts, torch.dtype]] = {}
     for dtype, label in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        dense = [nn.Parameter(_dense(one, dtype), requires_grad=False) for one in (gate_up, down)]
+        dense = [_dense(one, dtype) for one in (gate_up, down)]
         for name in ("eager", "grouped_mm", "batched_mm"):
-            found[f"{name}_{label}"] = (_peer(name, *dense), dtype)
+            own = [nn.Parameter(one.clone(), requires_grad=False) for one in dense]
+            found[f"{name}_{label}"] = (_peer(name, *own), dtype)
     return found
 
 

@@ -22,7 +22,7 @@ namespace amx {
 
 static constexpr Kernels kernels_with_panels(int64_t few_panels, int64_t few_pairs,
                                              int64_t few_code_pairs) {
-  Kernels kernels = kernels_with(40, 32, nullptr);
+  Kernels kernels = kernels_with(40, 24, nullptr);
   kernels.few_panels = few_panels;
   kernels.panels = panels;
   kernels.few_pairs = few_pairs;
@@ -36,6 +36,6 @@ static constexpr Kernels kernels_with_panels(int64_t few_panels, int64_t few_pai
 }  // namespace amx
 MOIETY_TARGET_END
 
-constexpr Kernels amx_kernels = amx::kernels_with_panels(4, 1, 4);
+constexpr Kernels amx_kernels = amx::kernels_with_panels(6, 1, 4);
 
 #endif

@@ -12,7 +12,7 @@ namespace avx2 {
 
 static constexpr int64_t WIDTH = 8;
 static constexpr int LIVE = 8, TWO_CHAINS = 4, FEW_SUMS = 8;
-static constexpr int FIRST_PREFETCH = 4, TOGETHER = 1;
+static constexpr int TOGETHER = 1;
 typedef float Vec __attribute__((vector_size(32)));
 typedef int Int __attribute__((vector_size(32)));
 

@@ -20,6 +20,6 @@ namespace avx512 {
 }  // namespace avx512
 MOIETY_TARGET_END
 
-constexpr Kernels avx512_kernels = avx512::kernels_with(40, 32, nullptr);
+constexpr Kernels avx512_kernels = avx512::kernels_with(40, 24, nullptr);
 
 #endif

@@ -22,6 +22,6 @@ namespace avx512_bf16 {
 }  // namespace avx512_bf16
 MOIETY_TARGET_END
 
-constexpr Kernels avx512_bf16_kernels = avx512_bf16::kernels_with(40, 32, avx512_bf16::dots);
+constexpr Kernels avx512_bf16_kernels = avx512_bf16::kernels_with(40, 24, avx512_bf16::dots);
 
 #endif

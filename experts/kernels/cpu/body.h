@@ -71,6 +71,9 @@ static void rows_by_tokens(const Matrix &m, const Row *rows, int64_t *at, int64_
       words[w] = bits_at(row, column + 64 * w, m.columns);
       kept += __builtin_popcountll(words[w]);
     }
+    const uint8_t *here = place_of<kind>(row.values, at[r]);
+    const int64_t bytes = place_of<kind>(row.values, at[r] + kept) - here;
+    for (int64_t b = 0; b < bytes; b += 64) fetch(here + bytes + b);
     const float scale = IS_INTEGER[kind] ? bf16_value(row.scale[column / SCALE_COLUMNS]) : 1.0f;
     row_step<kind, V>(row.values, at[r], row.total, words, some, scale, x, y + r * V * WIDTH);
     at[r] += kept;

@@ -25,8 +25,7 @@ static void dense_few(const uint8_t *rows, int64_t columns, const float *x, int6
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       const uint8_t *row = rows + r * row_bytes;
-      if (M >= FIRST_PREFETCH && column / WIDTH % LINE == 0)
-        fetch(row + R * row_bytes + column * BYTES);
+      if (column / WIDTH % LINE == 0) fetch(row + R * row_bytes + column * BYTES);
       weight[r] = columns - column < WIDTH ? dense_piece<kind>(row, column, columns)
                                            : dense_piece<kind>(row, column, column + WIDTH);
     }

@@ -7,12 +7,6 @@ static constexpr int side_by_side(int tokens) {
   return tokens > FEW_SUMS ? 1 : FEW_SUMS / tokens < 4 ? FEW_SUMS / tokens : 4;
 }
 
-template <Kind kind>
-static inline const uint8_t *place_of(const uint8_t *values, int64_t at) {
-  constexpr int64_t HALVES = kind == FP32 ? 8 : kind == INT8 ? 2 : kind == INT4 ? 1 : 4;
-  return values + at * HALVES / 2;
-}
-
 // What lies between the first value of a row and the end of another, in bytes.
 template <Kind kind>
 static inline int64_t bytes_of(const Row &first, const Row &last) {

@@ -2,8 +2,7 @@
 //
 // Needs from the instruction set: Vec (WIDTH floats), Int (WIDTH dwords), load, load_int,
 // spread4 (the four inputs of a group in every 128-bit lane), select (input by control), pair
-// (the kept values of a group), TOGETHER (tiles side by side) and FIRST_PREFETCH (from how many
-// tokens on memory is asked for ahead).
+// (the kept values of a group), TOGETHER (tiles side by side).
 
 // Memory comes faster when it is asked for this far ahead, and in two streams rather than one.
 static constexpr int64_t AHEAD = 4608;
@@ -37,7 +36,7 @@ static void tile_lanes(const uint8_t *tile, int64_t size, int64_t chunks, const 
         Int control[R][BOTH];
 #pragma GCC unroll 2
         for (int r = 0; r < R; r++) {
-          if (M >= FIRST_PREFETCH) fetch(at + r * size + ahead);
+          fetch(at + r * size + ahead);
 #pragma GCC unroll 4
           for (int v = 0; v < BOTH; v++)
             control[r][v] = load_int(at + r * size + (first + v) * WIDTH * 4);
@@ -48,7 +47,7 @@ static void tile_lanes(const uint8_t *tile, int64_t size, int64_t chunks, const 
           Vec v0[R][BOTH], v1[R][BOTH];
 #pragma GCC unroll 2
           for (int r = 0; r < R; r++) {
-            if (M >= FIRST_PREFETCH) fetch(group + r * size + ahead);
+            fetch(group + r * size + ahead);
 #pragma GCC unroll 4
             for (int v = 0; v < BOTH; v++)
               pair<kind>(group + r * size, first + v, v0[r][v], v1[r][v]);

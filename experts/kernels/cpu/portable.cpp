@@ -6,7 +6,7 @@ namespace portable {
 
 static constexpr int64_t WIDTH = 4;
 static constexpr int LIVE = 4, TWO_CHAINS = 2;
-static constexpr int FIRST_PREFETCH = 4, TOGETHER = 1;
+static constexpr int TOGETHER = 1;
 typedef float Vec __attribute__((vector_size(16)));
 typedef int Int __attribute__((vector_size(16)));
 

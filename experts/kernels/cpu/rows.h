@@ -26,6 +26,12 @@ static Row row_of(const Matrix &m, int64_t which, int64_t row) {
   return found;
 }
 
+template <Kind kind>
+static inline const uint8_t *place_of(const uint8_t *values, int64_t at) {
+  constexpr int64_t HALVES = kind == FP32 ? 8 : kind == INT8 ? 2 : kind == INT4 ? 1 : 4;
+  return values + at * HALVES / 2;
+}
+
 // The mask's bits of columns `column` to `column + 63`, fewer at the row's end.
 static inline uint64_t bits_at(const Row &row, int64_t column, int64_t columns) {
   const int64_t bytes = (columns + 7) / 8 - column / 8;

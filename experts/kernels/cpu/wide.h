@@ -2,7 +2,7 @@
 
 static constexpr int64_t WIDTH = 16;
 static constexpr int LIVE = 16, TWO_CHAINS = 4, FEW_SUMS = 24;
-static constexpr int FIRST_PREFETCH = 1, TOGETHER = 2;
+static constexpr int TOGETHER = 2;
 typedef float Vec __attribute__((vector_size(64)));
 typedef int Int __attribute__((vector_size(64)));
 
