@@ -86,8 +86,8 @@ static void add_tile(const float (*values)[TILE_ROWS], const int32_t (*places)[T
 // Adds one row's product over the columns whose bits are set in some words of 64 to `sums`. The
 // first of its values there is the matrix's `first` of `total`.
 template <Kind kind, int V>
-static void row_step(const uint8_t *values, int64_t first, int64_t total, const uint64_t *words,
-                     int64_t some, float scale, const float *x, float *sums) {
+static void row_step(const uint8_t *values, int64_t first, [[maybe_unused]] int64_t total,
+                     const uint64_t *words, int64_t some, float scale, const float *x, float *sums) {
   constexpr int64_t WIDE = V * WIDTH * 4;
   float kept[MOST_WORDS * 64 + 16];
   uint16_t places[MOST_WORDS * 64 + 8];

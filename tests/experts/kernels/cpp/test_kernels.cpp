@@ -15,7 +15,7 @@ struct Sizes {
   std::vector<Shape> groups, any;  // for whole groups of 4 columns, and for any pattern
 };
 
-const Sizes FULL = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 17, 33, 65, 130, 300},
+const Sizes FULL = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 17, 33, 65, 100, 130, 300},
                     {{1, 4}, {17, 36}, {16, 128}, {50, 132}, {7, 260}, {70, 68}, {33, 300}},
                     {{2, 5}, {9, 13}, {17, 63}, {50, 65}, {70, 129}, {3, 257}, {20, 299}}};
 const Sizes QUICK = {{0, 1, 3, 9, 17, 70},
@@ -126,6 +126,26 @@ void test_linear(int32_t isa, int32_t kind, const Sizes &sizes) {
         Problem p = linear(any, "any", bf16, most, random);
         check_all(p, isa, sizes.tokens, nullptr, any.matrix());
       }
+    }
+  }
+}
+
+Matrix dense_of(const Packed &all) {
+  Matrix m = all.matrix();
+  m.layout = DENSE;
+  m.mask = nullptr;
+  m.starts = nullptr;
+  return m;
+}
+
+void test_dense(int32_t isa, int32_t kind, const Sizes &sizes) {
+  for (bool bf16 : {false, true}) {
+    for (const Shape &shape : sizes.any) {
+      Random random(shape.rows + 11);
+      const int64_t size = shape.rows * shape.columns;
+      const Packed all = pack_any(kind, 1, shape.rows, shape.columns, size, random);
+      Problem p = linear(all, "dense", bf16, sizes.tokens.back(), random);
+      check_all(p, isa, sizes.tokens, nullptr, dense_of(all));
     }
   }
 }
@@ -295,6 +315,12 @@ void test_arguments() {
     const Matrix m = p.matrix();
     tally.expect(moiety_dense(isa, &m, 0, 1, 0, dense.data()) == expected, "isa of expand");
   }
+  const Packed all = pack_any(BF16, 1, 5, 8, 40, random), codes = pack_any(INT8, 1, 5, 8, 40, random);
+  for (int32_t isa : supported()) {
+    const int32_t expected = isa == PORTABLE ? BAD_ARGUMENT : OK;
+    tally.expect(call(q, isa, 1, 2, nullptr, dense_of(all), out) == expected, "dense");
+    tally.expect(call(q, isa, 1, 2, nullptr, dense_of(codes), out) == BAD_ARGUMENT, "dense int8");
+  }
   tally.expect(!moiety_has(-1) && moiety_has(PORTABLE) && !moiety_has(5), "moiety_has");
   tally.expect(call(q, PORTABLE, 0, 2, nullptr, p.matrix(), out) == BAD_ARGUMENT, "0 threads");
 }
@@ -319,6 +345,11 @@ int main(int count, char **arguments) {
       tally.start(name + " linear");
       test_linear(isa, kind, sizes);
       tally.finish();
+      if (isa != PORTABLE && (kind == BF16 || kind == FP32)) {
+        tally.start(name + " dense");
+        test_dense(isa, kind, sizes);
+        tally.finish();
+      }
       tally.start(name + " routed");
       test_routed(isa, kind, sizes);
       tally.finish();
