@@ -19,6 +19,15 @@ SMALLEST = 1 << 18
 # multiplied as fast but expanded more slowly.
 DENSE_FROM = 1024
 ROWS_DENSE_FROM = 4096
+# Elements of the smallest dense matrix that is multiplied here, and the most tokens that do it.
+# torch's bf16 is slow on AVX2; with AVX-512's bf16 products and no AMX (AMD) none were measured.
+SMALLEST_DENSE = 1 << 20
+_FEW = {
+    Isa.AVX2: {torch.bfloat16: 64, torch.float32: 12},
+    Isa.AVX512: {torch.bfloat16: 12, torch.float32: 12},
+    Isa.AVX512_BF16: {torch.bfloat16: 4, torch.float32: 12},
+    Isa.AMX: {torch.bfloat16: 4, torch.float32: 12},
+}
 
 
 def better_dense(input_TI: Tensor, weights: Weights, tokens: float) -> bool:
@@ -33,19 +42,10 @@ def better_dense(input_TI: Tensor, weights: Weights, tokens: float) -> bool:
     )
 
 
-# The most tokens that multiply a dense matrix here. torch's bf16 is slow on AVX2.
-_FEW = {
-    Isa.AVX2: {torch.bfloat16: 64, torch.float32: 12},
-    Isa.AVX512: {torch.bfloat16: 12, torch.float32: 12},
-    Isa.AVX512_BF16: {torch.bfloat16: 4, torch.float32: 12},
-    Isa.AMX: {torch.bfloat16: 4, torch.float32: 12},
-}
-
-
 def reads_faster(input: Tensor, weight_OI: Tensor) -> bool:
     """Whether a dense matrix (O, I) is multiplied sooner here than by torch, by input (..., I)."""
     kernels = native(weight_OI)
-    if kernels is None or weight_OI.numel() < SMALLEST or not weight_OI.is_contiguous():
+    if kernels is None or weight_OI.numel() < SMALLEST_DENSE or not weight_OI.is_contiguous():
         return False
     most = _FEW.get(kernels.best, {}).get(weight_OI.dtype, 0)
     return 0 < input.numel() <= most * weight_OI.shape[1]

@@ -20,7 +20,7 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        monkeypatch.setattr(crossover, "SMALLEST", 1)
+        monkeypatch.setattr(crossover, "SMALLEST_DENSE", 1)
         product = kernels.dense_linear
 
         def counted(*arguments: Any) -> torch.Tensor:
@@ -61,8 +61,8 @@ def test_what_is_not_a_plain_matrix_is_left_to_torch(calls: Calls) -> None:
 
 def test_gradients_reach_weight_bias_and_input() -> None:
     torch.manual_seed(0)
-    layer = nn.Linear(512, 600)
-    input = torch.randn(1, 512, requires_grad=True)
+    layer = nn.Linear(1024, 1100)
+    input = torch.randn(1, 1024, requires_grad=True)
     leaves = (input, layer.weight, layer.bias)
     expected = torch.autograd.grad(layer(input).sin().sum(), leaves)
     read_fast(layer)

@@ -52,7 +52,7 @@ def test_without_avx2_there_is_none() -> None:
 @pytest.fixture
 def small_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices of any size are multiplied here."""
-    monkeypatch.setattr(crossover, "SMALLEST", 1)
+    monkeypatch.setattr(crossover, "SMALLEST_DENSE", 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,11 +91,11 @@ def test_wrong_widths_and_dtypes_are_refused() -> None:
 
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels for dense matrices")
 def test_only_few_tokens_of_large_plain_matrices_are_read_here() -> None:
-    large = torch.randn(1024, 512)
+    large = torch.randn(2048, 512)
     assert kernels.reads_faster(torch.randn(1, 1, 512), large)
     assert not kernels.reads_faster(torch.randn(1, 500, 512), large)
     assert not kernels.reads_faster(torch.randn(0, 512), large)
     assert not kernels.reads_faster(torch.randn(1, 512), large[:8])
-    assert not kernels.reads_faster(torch.randn(1, 1024), large.T)
+    assert not kernels.reads_faster(torch.randn(1, 2048), large.T)
     assert not kernels.reads_faster(torch.randn(1, 512).double(), large.double())
     assert not kernels.reads_faster(torch.randn(1, 512, device="meta"), large.to("meta"))
