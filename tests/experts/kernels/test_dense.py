@@ -1,5 +1,7 @@
 """Dense matrices with few tokens: the product, its registration, and when it takes over."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
@@ -63,7 +65,7 @@ def test_the_op_gives_torchs_product_and_gradients(
     weight = torch.randn(24, 40).to(dtype).requires_grad_()
     input = torch.randn(2, tokens, 40).to(dtype).requires_grad_()
     ours, theirs = kernels.dense_linear(input, weight), functional.linear(input, weight)
-    error = (
+    error: Any = (
         {"rtol": 2e-2, "atol": 2e-1} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
     )
     torch.testing.assert_close(ours, theirs, **error)
