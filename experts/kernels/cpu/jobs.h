@@ -35,7 +35,8 @@ static inline int64_t most_rows(const Job &job) {
 
 // Rows one thread takes at a time: whole tiles, and enough pieces for all threads.
 static inline int64_t group_rows(const Job &job, int64_t rows, int64_t threads) {
-  return least(up_to(rows / (4 * threads) + 1, TILE_ROWS), most_rows(job));
+  const int64_t pieces = 4 * threads;
+  return least(up_to((rows + pieces - 1) / pieces, TILE_ROWS), most_rows(job));
 }
 
 static constexpr int64_t GATHER_COLUMNS = 256;
