@@ -7,22 +7,24 @@ are nn.Linear's.
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from moiety.experts import kernels
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def linear(input: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`input @ weightᵀ + bias`, (..., I) to (..., O), by whichever product is the faster one.
 
-    torch's own where there is anything but a plain matrix on the CPU, and under torch.compile and
-    autocast, which know better.
+    torch's own where there is anything but plain tensors on the CPU (not those that are shared out,
+    quantized or fake), and under torch.compile and autocast, which know better.
     """
     plain = (
-        weight_OI.device.type == "cpu"
+        type(weight_OI) in _PLAIN
+        and type(input) in _PLAIN
+        and weight_OI.device.type == "cpu"
         and input.dtype == weight_OI.dtype
-        and not isinstance(weight_OI, DTensor)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )

@@ -128,7 +128,8 @@ torch.library.register_autograd(
 
 def _dense_linear(input_TI: Tensor, weight_OI: Tensor) -> Tensor:
     kernels = layouts.native(input_TI)
-    if kernels is None or not reads_faster(input_TI, weight_OI):
+    fits = input_TI.shape[-1] == weight_OI.shape[-1] and input_TI.dtype == weight_OI.dtype
+    if kernels is None or not fits or not reads_faster(input_TI, weight_OI):
         return torch.nn.functional.linear(input_TI, weight_OI)
     return kernels.dense_linear(input_TI.contiguous(), weight_OI)
 

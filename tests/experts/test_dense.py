@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -52,6 +53,9 @@ def test_what_is_not_a_plain_matrix_is_left_to_torch(calls: Calls) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert dense.linear(input, weight).dtype == torch.bfloat16
     assert dense.linear(input.to("meta"), weight.to("meta")).is_meta
+    with FakeTensorMode() as fake:
+        given = fake.from_tensor(input), fake.from_tensor(weight)
+        assert dense.linear(*given).shape == (1, 24)
     wide = dense.linear(input.double(), weight.double())
     torch.testing.assert_close(wide, functional.linear(input.double(), weight.double()))
     with pytest.raises(RuntimeError):

@@ -83,12 +83,15 @@ def test_the_op_is_registered_properly(small_too: None) -> None:
     torch.testing.assert_close(compiled(input, weight), functional.linear(input, weight))
 
 
-def test_wrong_widths_and_dtypes_are_refused() -> None:
+def test_wrong_widths_and_dtypes_are_refused(small_too: None) -> None:
     weight = torch.randn(8, 12)
     with pytest.raises(ValueError, match="width 12"):
         kernels.dense_linear(torch.randn(3, 11), weight)
     with pytest.raises(ValueError, match="the input's dtype"):
         kernels.dense_linear(torch.randn(3, 12), weight.bfloat16())
+    for input in (torch.randn(3, 11), torch.randn(3, 12).bfloat16()):
+        with pytest.raises(RuntimeError):
+            torch.ops.moiety.dense_linear(input, weight)
 
 
 @pytest.mark.skipif(not ISAS, reason="no compiled kernels for dense matrices")
