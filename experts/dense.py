@@ -17,18 +17,21 @@ _PLAIN = (Tensor, nn.Parameter)
 def linear(input: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`input @ weightᵀ + bias`, (..., I) to (..., O), by whichever product is the faster one.
 
-    torch's own where there is anything but plain tensors on the CPU (not those that are shared out,
-    quantized or fake), and under torch.compile and autocast, which know better.
+    torch's own wherever gradients may be asked for, for anything but plain tensors on the CPU (not
+    those that are shared out, quantized or fake), and under torch.compile and autocast, which know
+    better. A bias is added to the rounded product.
     """
-    plain = (
-        type(weight_OI) in _PLAIN
-        and type(input) in _PLAIN
-        and weight_OI.device.type == "cpu"
-        and input.dtype == weight_OI.dtype
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
+    tensors = [input, weight_OI] if bias_O is None else [input, weight_OI, bias_O]
+    plain = not (
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    ) and all(
+        type(tensor) in _PLAIN
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and tensor.dtype == input.dtype
+        for tensor in tensors
     )
-    if not plain or not kernels.reads_faster(input, weight_OI):
+    if not plain or weight_OI.dim() != 2 or not kernels.reads_faster(input, weight_OI):
         return functional.linear(input, weight_OI, bias_O)
     output = kernels.dense_linear(input, weight_OI)
     return output if bias_O is None else output + bias_O
@@ -43,7 +46,10 @@ class DenseLinear(nn.Linear):
 
 
 def read_fast(model: nn.Module) -> None:
-    """Let every plain linear layer of a model read its weight so."""
+    """Let every plain linear layer of a model be a DenseLinear.
+
+    Where accelerate has spread the model over devices, its hooks go on calling torch's product.
+    """
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = DenseLinear

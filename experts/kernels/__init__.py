@@ -52,12 +52,12 @@ def dense_linear(input: Tensor, weight_OI: Tensor) -> Tensor:
 
     ValueError when the width or the dtype does not fit.
     """
-    _check_width("input", input, weight_OI.shape[-1])
     if weight_OI.dim() != 2 or weight_OI.dtype != input.dtype:
         raise ValueError(
             f"expected a matrix of the input's dtype, {input.dtype}, but it is "
             f"{weight_OI.dtype} of shape {tuple(weight_OI.shape)}"
         )
+    _check_width("input", input, weight_OI.shape[1])
     output_TO = torch.ops.moiety.dense_linear(input.reshape(-1, weight_OI.shape[1]), weight_OI)
     return output_TO.reshape(*input.shape[:-1], len(weight_OI))
 

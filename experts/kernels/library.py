@@ -174,6 +174,12 @@ class Library:
         """
         if (self.best if isa is None else isa) == Isa.PORTABLE:
             raise InputError("expected a CPU with AVX2 for dense products, but it has none")
+        fits = input_TI.dim() == weight_OI.dim() == 2 and input_TI.shape[1] == weight_OI.shape[1]
+        if not fits or weight_OI.dtype not in (torch.bfloat16, torch.float32):
+            raise InputError(
+                f"expected a bf16 or fp32 matrix for tokens of shape {tuple(input_TI.shape)}, "
+                f"but it is {weight_OI.dtype} of shape {tuple(weight_OI.shape)}"
+            )
         shape = (1, *weight_OI.shape)
         kind = KIND_OF[weight_OI.dtype]
         matrix = _as_given(weight_OI.data_ptr(), weight_OI.nbytes, *shape, kind, _DENSE)

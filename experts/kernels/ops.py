@@ -127,18 +127,33 @@ torch.library.register_autograd(
 
 
 def _dense_linear(input_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    _check_dense(input_TI, weight_OI)
     kernels = layouts.native(input_TI)
-    fits = input_TI.shape[-1] == weight_OI.shape[-1] and input_TI.dtype == weight_OI.dtype
-    if kernels is None or not fits or not reads_faster(input_TI, weight_OI):
+    if kernels is None or not reads_faster(input_TI, weight_OI):
         return torch.nn.functional.linear(input_TI, weight_OI)
     return kernels.dense_linear(input_TI.contiguous(), weight_OI)
+
+
+def _dense_linear_fake(input_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    _check_dense(input_TI, weight_OI)
+    return input_TI.new_empty(len(input_TI), len(weight_OI))
+
+
+def _check_dense(input_TI: Tensor, weight_OI: Tensor) -> None:
+    flat = input_TI.dim() == weight_OI.dim() == 2 and input_TI.shape[1] == weight_OI.shape[1]
+    if not flat or input_TI.dtype != weight_OI.dtype:
+        raise ValueError(
+            f"expected tokens (T, I) and a matrix (O, I) of one dtype, but they are "
+            f"{input_TI.dtype} {tuple(input_TI.shape)} and {weight_OI.dtype} "
+            f"{tuple(weight_OI.shape)}"
+        )
 
 
 _define(
     "dense_linear",
     "Tensor input, Tensor weight) -> Tensor",
     _dense_linear,
-    lambda input_TI, weight_OI: input_TI.new_empty(len(input_TI), len(weight_OI)),
+    _dense_linear_fake,
 )
 
 

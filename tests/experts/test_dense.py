@@ -44,7 +44,8 @@ def test_plain_layers_are_read_fast_and_stay_what_they_were(calls: Calls) -> Non
     read_fast(model)
     assert [type(layer) for layer in model] == [DenseLinear, nn.ReLU, DenseLinear]
     assert list(model.state_dict()) == names
-    torch.testing.assert_close(model(input), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input), expected, rtol=1e-5, atol=1e-5)
     assert calls.count == (2 if kernels.reads_faster(input, torch.empty(24, 40)) else 0)
 
 
@@ -56,6 +57,11 @@ def test_what_is_not_a_plain_matrix_is_left_to_torch(calls: Calls) -> None:
     with FakeTensorMode() as fake:
         given = fake.from_tensor(input), fake.from_tensor(weight)
         assert dense.linear(*given).shape == (1, 24)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        dense.linear(input, weight, torch.randn(24).bfloat16())
+    compiled = torch.compile(dense.linear, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(input, weight), functional.linear(input, weight))
     wide = dense.linear(input.double(), weight.double())
     torch.testing.assert_close(wide, functional.linear(input.double(), weight.double()))
     with pytest.raises(RuntimeError):
@@ -63,7 +69,7 @@ def test_what_is_not_a_plain_matrix_is_left_to_torch(calls: Calls) -> None:
     assert calls.count == 0
 
 
-def test_gradients_reach_weight_bias_and_input() -> None:
+def test_gradients_reach_weight_bias_and_input(calls: Calls) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(1024, 1100)
     input = torch.randn(1, 1024, requires_grad=True)
@@ -72,6 +78,8 @@ def test_gradients_reach_weight_bias_and_input() -> None:
     read_fast(layer)
     found = torch.autograd.grad(layer(input).sin().sum(), leaves)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    jacobian = torch.func.jacrev(layer)(input.detach())
+    assert jacobian.shape == (1, 1100, 1, 1024) and calls.count == 0
 
 
 def test_an_opened_model_reads_its_head_so(packs: Any, tmp_path: Path, calls: Calls) -> None:

@@ -105,15 +105,17 @@ MOIETY_API int32_t moiety_dense(int32_t isa, const Matrix *from, int64_t which, 
   return expand(*kernels, *from, which, threads, bf16, dense);
 }
 
-// `gate_up`, `routes` and `base` may be null; see Call. `down` may be dense where there are AVX
-// kernels.
+// `gate_up`, `routes` and `base` may be null; see Call. With AVX kernels `down` may be one
+// dense matrix for all tokens.
 MOIETY_API int32_t moiety_forward(int32_t isa, int32_t threads, const Matrix *gate_up,
                                   const Matrix *down, int32_t activation, const Tokens *x,
                                   const Routes *routes, const void *base, void *out) {
   const Kernels *kernels = kernels_of(isa);
   if (!kernels || threads < 1) return BAD_ARGUMENT;
-  const bool dense = down->layout == DENSE;
-  const bool known = down->kind == BF16 || down->kind == FP32;
-  if (dense && (kernels == &portable_kernels || gate_up || !known)) return BAD_ARGUMENT;
+  if (down->layout == DENSE || (gate_up && gate_up->layout == DENSE)) {
+    const bool known = down->kind == BF16 || down->kind == FP32;
+    if (kernels == &portable_kernels || gate_up || routes || down->count != 1 || !known)
+      return BAD_ARGUMENT;
+  }
   return forward({kernels, threads, gate_up, down, activation, *x, routes, base, out});
 }

@@ -22,7 +22,6 @@ static inline Int load_int(const uint8_t *at) {
   return (Int)_mm256_loadu_si256((const __m256i *)at);
 }
 static inline Vec spread(float value) { return (Vec)_mm256_set1_ps(value); }
-static inline Int spread_int(uint32_t value) { return (Int)_mm256_set1_epi32((int)value); }
 static inline Vec spread4(const float *at) { return (Vec)_mm256_broadcast_ps((const __m128 *)at); }
 static inline Vec select(Vec four, Int control) {
   return (Vec)_mm256_permutevar_ps((__m256)four, (__m256i)control);

@@ -268,6 +268,7 @@ static constexpr Kernels kernels_with(int64_t few_tiles, int64_t few_rows,
                                       decltype(Kernels::dots) dots) {
   Kernels kernels = {};
   kernels.width = WIDTH;
+  static_assert(8 * WIDTH <= MOST_BLOCK);
   kernels.block = 8 * WIDTH;
   kernels.few_tiles = few_tiles;
   kernels.few_rows = few_rows;

@@ -10,7 +10,6 @@
 namespace {
 
 constexpr int64_t JOB_TOKENS = 256, WAVE_TOKENS = 512;
-constexpr int64_t TURNED = 16;  // tokens of a block whose results are turned at once; divides it
 
 class Forward {
  public:
@@ -117,7 +116,7 @@ class Forward {
     static thread_local Scratch scratch;
     const int64_t results = MOST_ROWS * (JOB_TOKENS + DOTS_PAD);
     float *gates = nullptr, *ups = nullptr;
-    Share *grouped_shares = nullptr, *output_shares = nullptr;
+    Share *shares = nullptr;
     size_t size = 0;
     for (char *block = nullptr;; block = scratch.take(size)) {
       Pieces pieces(block);
@@ -127,8 +126,7 @@ class Forward {
       }
       gates = pieces.take<float>(call_.threads * results);
       ups = pieces.take<float>(call_.threads * results);
-      grouped_shares = pieces.take<Share>(call_.threads);
-      output_shares = pieces.take<Share>(call_.threads);
+      shares = pieces.take<Share>(2 * call_.threads);
       if (block) break;
       if (size) return NO_MEMORY;
       size = pieces.used();
@@ -137,38 +135,31 @@ class Forward {
     for (int64_t j = 0; j < count; j++) {
       jobs_[j].gathered = gathered;
       jobs_[j].grouped = grouped;
-      gathered += gather_items(jobs_[j], k_, width_);
+      gathered += gather_items(jobs_[j], width_);
       const int64_t group = group_rows(jobs_[j], inner_, call_.threads);
       grouped += call_.gate_up ? up_to(inner_, group) / group : 0;
       const int64_t rows = group_rows(jobs_[j], call_.down->rows, call_.threads);
       last = last < rows ? rows : last;
     }
     const int64_t outputs = up_to(call_.down->rows, last) / last;
-    share_out(grouped_shares, call_.threads, grouped);
-    share_out(output_shares, call_.threads, outputs);
+    share_out(shares, call_.threads, grouped);
+    share_out(shares + call_.threads, call_.threads, outputs);
     status_ = OK;
 #pragma omp parallel num_threads(call_.threads)
     {
       const int64_t thread = omp_get_thread_num();
       float *gate = gates + thread * results, *up = ups + thread * results;
 #pragma omp for schedule(dynamic, 4)
-      for (int64_t i = 0; i < gathered; i++) gather(find(i, count, &Job::gathered), i);
-      for (int64_t i; (i = take(grouped_shares, call_.threads, thread)) >= 0;)
-        gate_and_up(find(i, count, &Job::grouped), i, gate, up);
+      for (int64_t i = 0; i < gathered; i++) gather(job_of(jobs_, i, count, &Job::gathered), i);
+      if (call_.gate_up) {
+        for (int64_t i; (i = take(shares, call_.threads, thread)) >= 0;)
+          gate_and_up(job_of(jobs_, i, count, &Job::grouped), i, gate, up);
 #pragma omp barrier
-      for (int64_t i; (i = take(output_shares, call_.threads, thread)) >= 0;)
+      }
+      for (int64_t i; (i = take(shares + call_.threads, call_.threads, thread)) >= 0;)
         for (int64_t j = 0; j < count; j++) all_results_of(jobs_[j], i * last, last, gate);
     }
     return status_;
-  }
-
-  const Job &find(int64_t item, int64_t count, int64_t Job::*first) const {
-    int64_t low = 0, high = count;
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (jobs_[middle].*first <= item ? low : high) = middle;
-    }
-    return jobs_[low];
   }
 
   const void *token(int64_t place) const {

@@ -15,17 +15,29 @@ struct Job {
   int64_t gathered, grouped;  // items of earlier jobs in the two phases that go over jobs
 };
 
+// The job that an item of a phase belongs to.
+static inline const Job &job_of(const Job *jobs, int64_t item, int64_t count, int64_t Job::*first) {
+  int64_t low = 0, high = count;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (jobs[middle].*first <= item ? low : high) = middle;
+  }
+  return jobs[low];
+}
+
 static inline int64_t up_to(int64_t value, int64_t unit) {
   return (value + unit - 1) / unit * unit;
 }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static constexpr int64_t MOST_BLOCK = 128;
+// Tokens of a block whose results are turned at once. Blocks are multiples of it, and it is one of
+// every vector's width.
+static constexpr int64_t TURNED = 16;
 
 // Tokens of each block, so that all are about as large.
 static inline int64_t block_of(int64_t tokens, int64_t most) {
   const int64_t blocks = up_to(tokens, most) / most;
-  return up_to((tokens + blocks - 1) / blocks, 16);
+  return up_to((tokens + blocks - 1) / blocks, TURNED);
 }
 
 // Rows of one product. Tokens of LANES and DOTS lie so far apart in its results.
@@ -35,8 +47,8 @@ static inline int64_t most_rows(const Job &job) {
 
 // Rows one thread takes at a time: whole tiles, and enough pieces for all threads.
 static inline int64_t group_rows(const Job &job, int64_t rows, int64_t threads) {
-  const int64_t pieces = 4 * threads;
-  return least(up_to((rows + pieces - 1) / pieces, TILE_ROWS), most_rows(job));
+  const int64_t pieces = 4 * threads, each = rows ? (rows + pieces - 1) / pieces : 1;
+  return least(up_to(each, TILE_ROWS), most_rows(job));
 }
 
 static constexpr int64_t GATHER_COLUMNS = 256;
@@ -50,7 +62,7 @@ static inline int64_t room(const Job &job, const Kernels &k, int64_t width) {
 }
 
 // Pieces in which tokens of some width are copied.
-static inline int64_t gather_items(const Job &job, const Kernels &k, int64_t width) {
+static inline int64_t gather_items(const Job &job, int64_t width) {
   if (job.mode == LANES) return job.count;
   if (job.mode == DOTS) return job.count + DOTS_PAD;
   if (job.mode == PANELS) return up_to(job.count, PANEL);

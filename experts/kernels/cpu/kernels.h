@@ -7,7 +7,7 @@
 
 struct Kernels {
   int64_t width;  // floats of a vector; a block of tokens is padded to whole vectors
-  int64_t block;  // at most so many tokens
+  int64_t block;  // most tokens of a block
   int64_t few_tiles, few_rows;  // up to so many tokens of one matrix, `lanes` is the faster one
 
   // y (count x rows, y_step apart) of rows `row` to `row + rows` for tokens x (x_step apart, fp32,
@@ -70,7 +70,7 @@ struct Kernels {
 
 static constexpr int64_t DOTS_PAD = 24;
 static constexpr int64_t PANEL = 16, PANEL_CHUNKS = 8;
-static constexpr int64_t GROUP_ROWS = 64;
+static constexpr int64_t GROUP_ROWS = 64, MOST_BLOCK = 128;
 static constexpr int64_t MOST_ROWS = 256;  // of one call for many tokens
 
 extern const Kernels portable_kernels;

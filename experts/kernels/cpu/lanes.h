@@ -2,9 +2,10 @@
 //
 // Needs from the instruction set: Vec (WIDTH floats), Int (WIDTH dwords), load, load_int,
 // spread4 (the four inputs of a group in every 128-bit lane), select (input by control), pair
-// (the kept values of a group), TOGETHER (tiles side by side).
+// (the kept values of a group), TOGETHER (tiles side by side), LIVE (sums that
+// stay in registers) and TWO_CHAINS (so many have a second one).
 
-// Memory comes faster when it is asked for this far ahead, and in two streams rather than one.
+// Memory comes faster when it is asked for this far ahead.
 static constexpr int64_t AHEAD = 4608;
 
 // Into the L2 cache, which can wait for more lines at a time than L1.

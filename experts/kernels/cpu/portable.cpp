@@ -22,10 +22,6 @@ static inline Int load_int(const uint8_t *at) {
   return value;
 }
 static inline Vec spread(float value) { return Vec{value, value, value, value}; }
-static inline Int spread_int(uint32_t value) {
-  const int one = (int)value;
-  return Int{one, one, one, one};
-}
 static inline Vec spread4(const float *at) { return load(at); }
 static inline Vec select(Vec four, Int control) {
   return Vec{four[control[0] & 3], four[control[1] & 3], four[control[2] & 3],

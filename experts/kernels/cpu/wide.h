@@ -10,7 +10,6 @@ static inline Vec load(const float *at) { return (Vec)_mm512_loadu_ps(at); }
 static inline void store(float *at, Vec value) { _mm512_storeu_ps(at, (__m512)value); }
 static inline Int load_int(const uint8_t *at) { return (Int)_mm512_loadu_si512(at); }
 static inline Vec spread(float value) { return (Vec)_mm512_set1_ps(value); }
-static inline Int spread_int(uint32_t value) { return (Int)_mm512_set1_epi32((int)value); }
 static inline Vec spread4(const float *at) {
   return (Vec)_mm512_broadcast_f32x4(_mm_loadu_ps(at));
 }

@@ -49,6 +49,9 @@ def test_without_avx2_there_is_none() -> None:
     assert FOUND is not None
     with pytest.raises(InputError, match="AVX2"):
         FOUND.dense_linear(torch.randn(1, 4), torch.randn(4, 4), isa=Isa.PORTABLE)
+    for weight in (torch.randn(4, 5), torch.randn(4, 4).half()):
+        with pytest.raises(InputError, match="bf16 or fp32"):
+            FOUND.dense_linear(torch.randn(1, 4), weight)
 
 
 @pytest.fixture
@@ -89,8 +92,8 @@ def test_wrong_widths_and_dtypes_are_refused(small_too: None) -> None:
         kernels.dense_linear(torch.randn(3, 11), weight)
     with pytest.raises(ValueError, match="the input's dtype"):
         kernels.dense_linear(torch.randn(3, 12), weight.bfloat16())
-    for input in (torch.randn(3, 11), torch.randn(3, 12).bfloat16()):
-        with pytest.raises(RuntimeError):
+    for input in (torch.randn(3, 11), torch.randn(3, 12).bfloat16(), torch.randn(2, 3, 12)):
+        with pytest.raises(ValueError, match="one dtype"):
             torch.ops.moiety.dense_linear(input, weight)
 
 

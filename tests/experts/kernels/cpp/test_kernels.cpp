@@ -320,6 +320,11 @@ void test_arguments() {
     const int32_t expected = isa == PORTABLE ? BAD_ARGUMENT : OK;
     tally.expect(call(q, isa, 1, 2, nullptr, dense_of(all), out) == expected, "dense");
     tally.expect(call(q, isa, 1, 2, nullptr, dense_of(codes), out) == BAD_ARGUMENT, "dense int8");
+    Matrix two = dense_of(all);
+    two.count = 2;
+    tally.expect(call(q, isa, 1, 2, nullptr, two, out) == BAD_ARGUMENT, "two dense ones");
+    const Matrix above = dense_of(all);
+    tally.expect(call(q, isa, 1, 2, &above, p.matrix(), out) == BAD_ARGUMENT, "dense gate");
   }
   tally.expect(!moiety_has(-1) && moiety_has(PORTABLE) && !moiety_has(5), "moiety_has");
   tally.expect(call(q, PORTABLE, 0, 2, nullptr, p.matrix(), out) == BAD_ARGUMENT, "0 threads");
