@@ -3,7 +3,7 @@
 // WIDTH columns of a row; fewer at its end, where 0 stands for the rest.
 template <Kind kind>
 static inline Vec dense_piece(const uint8_t *row, int64_t column, int64_t columns) {
-  constexpr int64_t BYTES = kind == FP32 ? 4 : 2;
+  constexpr int64_t BYTES = HALF_BYTES[kind] / 2;
   uint8_t copy[4 * WIDTH] = {};
   const uint8_t *at = row + column * BYTES;
   if (columns - column < WIDTH) {
@@ -18,7 +18,7 @@ static inline Vec dense_piece(const uint8_t *row, int64_t column, int64_t column
 template <Kind kind, int R, int M>
 static void dense_few(const uint8_t *rows, int64_t columns, const float *x, int64_t x_step,
                       float *y, int64_t y_step) {
-  constexpr int64_t BYTES = kind == FP32 ? 4 : 2, LINE = 64 / BYTES / WIDTH;
+  constexpr int64_t BYTES = HALF_BYTES[kind] / 2, LINE = 64 / BYTES / WIDTH;
   const int64_t row_bytes = columns * BYTES;
   Vec sum[R][M] = {}, weight[R];
   for (int64_t column = 0; column < columns; column += WIDTH) {
@@ -31,8 +31,7 @@ static void dense_few(const uint8_t *rows, int64_t columns, const float *x, int6
     }
     add_products<R, M>(weight, x + column, x_step, sum);
   }
-  for (int r = 0; r < R; r++)
-    for (int t = 0; t < M; t++) y[t * y_step + r] = sum_piece(sum[r][t]);
+  put_sums<R, M>(sum, y, y_step);
 }
 
 // M tokens with all rows.
@@ -40,7 +39,7 @@ template <Kind kind, int M>
 static void dense_side_by_side(const uint8_t *rows, int64_t count, int64_t columns, const float *x,
                                int64_t x_step, float *y, int64_t y_step) {
   constexpr int R = side_by_side(M);
-  const int64_t row_bytes = columns * (kind == FP32 ? 4 : 2);
+  const int64_t row_bytes = columns * HALF_BYTES[kind] / 2;
   int64_t r = 0;
   for (; r + R <= count; r += R)
     dense_few<kind, R, M>(rows + r * row_bytes, columns, x, x_step, y + r, y_step);
@@ -59,7 +58,7 @@ static void dense_lanes(const uint8_t *rows, int64_t some, int64_t columns, cons
 
 static void dense_tokens(const Matrix &m, int64_t row, int64_t rows, const float *x,
                          int64_t x_step, int64_t count, float *y, int64_t y_step) {
-  const uint8_t *at = m.values + row * m.columns * (m.kind == FP32 ? 4 : 2);
+  const uint8_t *at = m.values + row * m.columns * HALF_BYTES[m.kind] / 2;
   if (m.kind == BF16) return dense_lanes<BF16>(at, rows, m.columns, x, x_step, count, y, y_step);
   dense_lanes<FP32>(at, rows, m.columns, x, x_step, count, y, y_step);
 }

@@ -49,7 +49,7 @@ static inline Vec values_from(const uint8_t *values, int64_t at) {
 // A matrix's last values, where a piece at once would read past its end.
 template <Kind kind>
 static inline Vec last_values(const uint8_t *values, int64_t at, int64_t total) {
-  constexpr int64_t HALVES = kind == FP32 ? 8 : kind == INT8 ? 2 : kind == INT4 ? 1 : 4;
+  constexpr int64_t HALVES = HALF_BYTES[kind];
   uint8_t copy[4 * PIECE + 8] = {};
   const int64_t first = at * HALVES / 2, end = (total * HALVES + 1) / 2;
   for (int64_t i = first; i < end && i - first < 4 * PIECE; i++) copy[i - first] = values[i];

@@ -26,6 +26,13 @@ static inline void add_products(const Vec *weight, const float *x, int64_t x_ste
   }
 }
 
+// The results of R rows and M tokens.
+template <int R, int M>
+static inline void put_sums(const Vec (&sum)[R][M], float *y, int64_t y_step) {
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < M; t++) y[t * y_step + r] = sum_piece(sum[r][t]);
+}
+
 // M tokens (rows of `x`, padded to whole chunks) with R rows. INSIDE: what is read behind their
 // values is the matrix's too. What lies `ahead` is fetched for the rows to come.
 template <Kind kind, int R, int M, bool INSIDE>
@@ -70,8 +77,7 @@ static void rows_few(const Row *rows, int64_t columns, const float *x, int64_t x
       add_products<R, M>(weight, x + column, x_step, sum);
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int t = 0; t < M; t++) y[t * y_step + r] = sum_piece(sum[r][t]);
+  put_sums<R, M>(sum, y, y_step);
 }
 
 // M tokens with all rows.

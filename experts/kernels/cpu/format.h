@@ -33,6 +33,7 @@ static constexpr int64_t CONTROL_BYTES = 64;
 // Bytes of one group of a tile. bf16: 16 pairs (v0, v1). fp16, fp32, int8: 16 v0, then 16 v1.
 // int4: 16 bytes, v0 in the low half and v1 in the high one, each stored 8 higher.
 static constexpr int64_t GROUP_BYTES[5] = {64, 64, 128, 32, 16};
+static constexpr int64_t HALF_BYTES[5] = {4, 4, 8, 2, 1};  // of one value
 static constexpr bool IS_INTEGER[5] = {false, false, false, true, true};
 
 struct Matrix {

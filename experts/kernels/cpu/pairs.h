@@ -74,7 +74,7 @@ static inline void expand_rows(const Row *rows, int64_t *at, int64_t count, int6
   if (inside) {
 #pragma GCC unroll 16
     for (int64_t r = 0; r < TILE_ROWS; r++) {
-      __builtin_prefetch(place_of<kind>(rows[r].values, at[r]) + ahead, 0, 2);
+      fetch(place_of<kind>(rows[r].values, at[r]) + ahead);
       _mm512_store_si512(dense + CHUNK * r, row_pairs<kind>(rows[r], at[r], column));
     }
     return;
@@ -140,7 +140,7 @@ template <Kind kind>
 static inline void fetch_row(const Row &row, int64_t at, int64_t some) {
   const uint8_t *from = place_of<kind>(row.values, at);
   const int64_t bytes = place_of<kind>(from, some * CHUNK / 2) - from;
-  for (int64_t b = 0; b <= bytes; b += 64) __builtin_prefetch(from + b, 0, 2);
+  for (int64_t b = 0; b <= bytes; b += 64) fetch(from + b);
 }
 
 // All panels with a stretch of N strips; `at` is each row's first value in it, and then the first

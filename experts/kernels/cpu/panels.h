@@ -61,9 +61,9 @@ class Ahead {
       : at_(at), start_(at), lines_(bytes / 64 + 1), step_(step), tiles_(tiles),
         some_((lines_ * tiles + steps - 1) / steps) {}
 
-  inline void fetch() {
+  inline void go_on() {
     for (int64_t i = 0; i < some_ && tiles_ > 0; i++, at_ += 64) {
-      __builtin_prefetch(at_, 0, 2);
+      fetch(at_);
       if (++line_ < lines_) continue;
       line_ = 0;
       tiles_--;
@@ -110,7 +110,7 @@ template <int N, bool ROWS_FIRST>
 static inline void panel_products(const uint16_t *x, const uint16_t *dense, int64_t chunks,
                                   Ahead &ahead) {
   for (int64_t c = 0; c < chunks; c++, x += SQUARE, dense += MOST_TILES * SQUARE) {
-    ahead.fetch();
+    ahead.go_on();
     one_by_many<N, !ROWS_FIRST>(x, dense, SQUARE);
   }
 }
@@ -189,7 +189,7 @@ static void tiles_stretch(const uint8_t *tile, int64_t size, int64_t chunk, int6
     const uint8_t *at = tile + i * size + chunk_at(kind, chunk);
     scales[i] = tile + i * size + scale_at(kind, chunk / SCALE_CHUNKS);
     for (int64_t c = 0; c < some; c++) {
-      ahead.fetch();
+      ahead.go_on();
       expand_chunk<kind>(at + c * chunk_bytes(kind), dense + (c * MOST_TILES + i) * SQUARE);
     }
   }

@@ -28,8 +28,7 @@ static Row row_of(const Matrix &m, int64_t which, int64_t row) {
 
 template <Kind kind>
 static inline const uint8_t *place_of(const uint8_t *values, int64_t at) {
-  constexpr int64_t HALVES = kind == FP32 ? 8 : kind == INT8 ? 2 : kind == INT4 ? 1 : 4;
-  return values + at * HALVES / 2;
+  return values + at * HALF_BYTES[kind] / 2;
 }
 
 // The mask's bits of columns `column` to `column + 63`, fewer at the row's end.

@@ -14,6 +14,7 @@ from moiety.experts.kernels.library import Isa, library
 DTYPES = (torch.float32, torch.bfloat16)
 FOUND = library()
 ISAS = [] if FOUND is None else [isa for isa in FOUND.supported if isa != Isa.PORTABLE]
+compiled_only = pytest.mark.skipif(not ISAS, reason="no compiled kernels for dense matrices")
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.skipif(not ISAS, reason="no compiled kernels for dense matrices")
+@compiled_only
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 45), (70, 64), (131, 299)])
@@ -44,7 +45,7 @@ def test_every_isa_multiplies_as_torch_does(isa: Isa, dtype: torch.dtype, shape:
             assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.mark.skipif(not ISAS, reason="no compiled kernels for dense matrices")
+@compiled_only
 def test_without_avx2_there_is_none() -> None:
     assert FOUND is not None
     with pytest.raises(InputError, match="AVX2"):
@@ -97,7 +98,7 @@ def test_wrong_widths_and_dtypes_are_refused(small_too: None) -> None:
             torch.ops.moiety.dense_linear(input, weight)
 
 
-@pytest.mark.skipif(not ISAS, reason="no compiled kernels for dense matrices")
+@compiled_only
 def test_only_few_tokens_of_large_plain_matrices_are_read_here() -> None:
     large = torch.randn(2048, 512)
     assert kernels.reads_faster(torch.randn(1, 1, 512), large)

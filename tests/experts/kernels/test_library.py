@@ -103,12 +103,6 @@ def test_every_isa_multiplies_as_the_reference_does(
             assert_near(output, wide @ dense.T, wide.abs() @ dense.abs().T)
 
 
-def test_a_matrix_without_rows_gives_nothing(compiled: Library) -> None:
-    weights = kernels.packed(torch.empty(1, 0, 8), torch.empty(1, 0, 2, dtype=torch.uint8), 16)
-    for tokens in (1, 200):
-        assert compiled.forward(torch.randn(tokens, 16), weights).shape == (tokens, 0)
-
-
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize(("pattern", "layout"), LAYOUTS)

@@ -269,3 +269,9 @@ def test_a_mapped_file_is_multiplied_where_it_lies(packs: Any, tmp_path: Path) -
     with (tmp_path / "values").open("r+b") as file:
         file.write(bytes(packed.values.numel() * 4))
     assert not kernels.sparse_linear(input, weights).any()
+
+
+def test_a_matrix_without_rows_gives_nothing() -> None:
+    weights = kernels.packed(torch.empty(1, 0, 8), torch.empty(1, 0, 2, dtype=torch.uint8), 16)
+    for tokens in (1, 200):
+        assert kernels.sparse_linear(torch.randn(tokens, 16), weights).shape == (tokens, 0)
