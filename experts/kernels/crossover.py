@@ -1,9 +1,9 @@
 """When torch's dense product is the faster one. docs/kernels.md has the figures.
 
 Sparse matrices are expanded for it only where the CPU multiplies bf16 with AMX, whose products of
-many tokens are bound by arithmetic that knows no sparsity. Dense ones are left to it but for few
-tokens, which read a matrix more slowly there than here. Measured on Emerald Rapids, with oneDNN
-kept to each instruction set.
+many tokens are bound by arithmetic that knows no sparsity; and then only small ones in rows, which
+take longer to expand than tiles. Dense ones are left to it but for few tokens, which read a matrix
+more slowly there than here. Measured on Emerald Rapids, with oneDNN kept to each instruction set.
 """
 
 import torch
@@ -13,12 +13,11 @@ from moiety.experts.kernels.layouts import native
 from moiety.experts.kernels.library import Isa
 from moiety.experts.kernels.weights import Weights
 
-# Below so many elements a product takes no longer than the calls around it.
-SMALLEST = 1 << 18
-# Tokens of one matrix from which on it is expanded: of tiles, and of rows of any pattern, which are
-# multiplied as fast but expanded more slowly.
-DENSE_FROM = 1024
-ROWS_DENSE_FROM = 4096
+# Elements of a matrix in rows that is expanded, and the fewest tokens that it is for. Below the first
+# a product takes no longer than the calls around it; memory for more than the last takes longer to
+# get than the product gains.
+SMALLEST, LARGEST = 1 << 18, 1 << 23
+DENSE_FROM = 2048
 # Elements of the smallest dense matrix that is multiplied here, and the most tokens that do it.
 # torch's bf16 is slow on AVX2; with AVX-512's bf16 products and no AMX (AMD) none were measured.
 SMALLEST_DENSE = 1 << 20
@@ -37,8 +36,9 @@ def better_dense(input_TI: Tensor, weights: Weights, tokens: float) -> bool:
         kernels is not None
         and kernels.best == Isa.AMX
         and input_TI.dtype == torch.bfloat16
-        and weights.rows * weights.columns >= SMALLEST
-        and tokens >= (DENSE_FROM if weights.is_tiled else ROWS_DENSE_FROM)
+        and not weights.is_tiled
+        and SMALLEST <= weights.rows * weights.columns <= LARGEST
+        and tokens >= DENSE_FROM
     )
 
 

@@ -7,7 +7,7 @@
 
 #include "intrinsics.h"
 
-MOIETY_TARGET("avx2,fma,f16c,popcnt,bmi,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi2,amx-tile,amx-bf16")
+MOIETY_TARGET("avx2,fma,f16c,popcnt,bmi,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vbmi2,amx-tile,amx-bf16")
 namespace amx {
 
 #define MOIETY_BF16_PAIRS
@@ -20,13 +20,11 @@ namespace amx {
 #include "panels.h"
 #include "pairs.h"
 
-static constexpr Kernels kernels_with_panels(int64_t few_panels, int64_t few_pairs,
-                                             int64_t few_code_pairs) {
+static constexpr Kernels kernels_with_panels(int64_t few_panels, int64_t few_pairs) {
   Kernels kernels = kernels_with(40, 24, nullptr);
   kernels.few_panels = few_panels;
   kernels.panels = panels;
   kernels.few_pairs = few_pairs;
-  kernels.few_code_pairs = few_code_pairs;
   kernels.pairs = pairs;
   kernels.pair_up = pair_up;
   kernels.pair_sums = pair_sums;
@@ -36,6 +34,6 @@ static constexpr Kernels kernels_with_panels(int64_t few_panels, int64_t few_pai
 }  // namespace amx
 MOIETY_TARGET_END
 
-constexpr Kernels amx_kernels = amx::kernels_with_panels(6, 1, 4);
+constexpr Kernels amx_kernels = amx::kernels_with_panels(5, 1);
 
 #endif

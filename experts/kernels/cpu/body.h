@@ -111,8 +111,8 @@ static void rows_span(const Matrix &m, const Row *rows, const int64_t *first, in
 // while every group of rows passes over it.
 static bool many_tokens(const Matrix &m, int64_t which, int64_t row, int64_t rows, const float *x,
                         int64_t padded_columns, int64_t count, int64_t block, float *y) {
-  Row found[MOST_ROWS];
-  int64_t at[MOST_ROWS], next[MOST_ROWS];
+  Row found[BLOCK_ROWS];
+  int64_t at[BLOCK_ROWS], next[BLOCK_ROWS];
   const bool tiled = m.layout == TILES;
   const int64_t room = tiled ? (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS : rows;
   for (int64_t r = 0; r < (tiled ? 0 : rows); r++) {
@@ -147,6 +147,12 @@ static void widen(const uint16_t *from, float *to, int64_t count) {
 
 static void narrow(const float *from, uint16_t *to, int64_t count) {
   for (int64_t i = 0; i < count; i++) to[i] = bf16_bits(from[i]);
+}
+
+static void narrow_squares(const float *from, uint16_t *to, int64_t count) {
+  int64_t r = 0;
+  for (; r + TILE_ROWS <= count; r += TILE_ROWS) narrow(from + r * PANEL, to + r, TILE_ROWS);
+  if (r < count) narrow(from + r * PANEL, to + r, count - r);
 }
 
 // One row of the rows layout, dense. False where its mask and its values disagree.
@@ -282,5 +288,6 @@ static constexpr Kernels kernels_with(int64_t few_tiles, int64_t few_rows,
   kernels.dense_tile = dense_tile;
   kernels.widen = widen;
   kernels.narrow = narrow;
+  kernels.narrow_squares = narrow_squares;
   return kernels;
 }

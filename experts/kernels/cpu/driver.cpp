@@ -10,6 +10,8 @@
 namespace {
 
 constexpr int64_t JOB_TOKENS = 256, WAVE_TOKENS = 512;
+// From so many tokens a thread on, each takes its own.
+constexpr int64_t OWN_TOKENS = 160;
 
 class Forward {
  public:
@@ -37,6 +39,7 @@ class Forward {
     }
     sort(pairs, experts);
     if (!direct_ && !start_sums(sums)) return NO_MEMORY;
+    if (direct_ && !call_.gate_up && pairs >= OWN_TOKENS * call_.threads) return by_tokens(pairs);
     Status status = waves(experts);
     if (status == OK && !direct_ && call_.x.bf16) finish_sums();
     return status;
@@ -83,15 +86,17 @@ class Forward {
   Status waves(int64_t experts) {
     int64_t count = 0, tokens = 0;
     for (int64_t e = 0, at = 0; e < experts; e++) {
+      const int64_t all = ends_[e] - at, each = part_of(all, JOB_TOKENS);
+      const Mode mode = mode_of(least(all, JOB_TOKENS));
       while (at < ends_[e]) {
-        const int64_t some = least(ends_[e] - at, JOB_TOKENS);
+        const int64_t some = least(ends_[e] - at, each);
         if (tokens + some > WAVE_TOKENS) {
           const Status status = wave(count);
           if (status != OK) return status;
           count = tokens = 0;
         }
-        const int64_t block = block_of(some, k_.block);
-        jobs_[count++] = {e, at, some, mode_of(some), block, nullptr, nullptr, 0, 0};
+        const int64_t block = part_of(some, k_.block);
+        jobs_[count++] = {e, at, some, mode, block, nullptr, nullptr, 0, 0};
         at += some;
         tokens += some;
       }
@@ -106,7 +111,7 @@ class Forward {
     if (call_.down->layout == DENSE) return LANES;
     const bool bf16 = call_.x.bf16 && kind != FP16 && kind != FP32 && same;
     if (bf16 && tiles && k_.panels && tokens > k_.few_panels) return PANELS;
-    const int64_t few = IS_INTEGER[kind] ? k_.few_code_pairs : k_.few_pairs;
+    const int64_t few = kind == INT4 ? 0 : k_.few_pairs;
     if (bf16 && !tiles && k_.pairs && tokens > few) return PAIRS;
     if (bf16 && tiles && k_.dots) return DOTS;
     return tokens <= (tiles ? k_.few_tiles : k_.few_rows) ? LANES : BLOCKS;
@@ -158,6 +163,49 @@ class Forward {
       }
       for (int64_t i; (i = take(shares + call_.threads, call_.threads, thread)) >= 0;)
         for (int64_t j = 0; j < count; j++) all_results_of(jobs_[j], i * last, last, gate);
+    }
+    return status_;
+  }
+
+  // Each thread takes some tokens and the whole matrix, so that what it copies stays in its own
+  // caches. Rows, which take longest to expand, serve twice as many tokens.
+  Status by_tokens(int64_t tokens) {
+    static thread_local Scratch scratch;
+    const Mode mode = mode_of(JOB_TOKENS);
+    const int64_t most = mode == PAIRS ? 2 * JOB_TOKENS : JOB_TOKENS;
+    const int64_t each = part_of(tokens, most, call_.threads);
+    const Job whole = {0, 0, each, mode, 0, nullptr, nullptr, 0, 0};
+    // Sums that are not taken up again had better leave the caches soon.
+    const bool once = with_amx(mode) && width_ <= PANEL_CHUNKS * CHUNK;
+    const int64_t group = once ? most_rows(whole) / 2 : most_rows(whole);
+    const int64_t input = up_to(room(whole, k_, width_), 16), output = group * (each + DOTS_PAD);
+    float *inputs = nullptr, *outputs = nullptr;
+    Share *shares = nullptr;
+    size_t size = 0;
+    for (char *block = nullptr;; block = scratch.take(size)) {
+      Pieces pieces(block);
+      inputs = pieces.take<float>(call_.threads * input);
+      outputs = pieces.take<float>(call_.threads * output);
+      shares = pieces.take<Share>(call_.threads);
+      if (block) break;
+      if (size) return NO_MEMORY;
+      size = pieces.used();
+    }
+    share_out(shares, call_.threads, (tokens + each - 1) / each);
+    status_ = OK;
+#pragma omp parallel num_threads(call_.threads)
+    {
+      const int64_t thread = omp_get_thread_num(), rows = call_.down->rows;
+      Job job = whole;
+      job.x = inputs + thread * input;
+      for (int64_t i; (i = take(shares, call_.threads, thread)) >= 0;) {
+        job.first = i * each;
+        job.count = least(tokens - job.first, each);
+        job.block = part_of(job.count, k_.block);
+        for (int64_t g = 0; g < gather_items(job, width_); g++) gather(job, g);
+        for (int64_t row = 0; row < rows; row += group)
+          results_of(job, row, least(rows - row, group), outputs + thread * output);
+      }
     }
     return status_;
   }
@@ -237,7 +285,8 @@ class Forward {
 
   bool multiply(const Matrix &m, int64_t which, int64_t row, int64_t rows, const Job &job,
                 const float *x, int64_t width, float *y) const {
-    if (job.mode == BLOCKS) return k_.tokens(m, which, row, rows, x, width, job.count, job.block, y);
+    if (job.mode == BLOCKS)
+      return k_.tokens(m, which, row, rows, x, width, job.count, job.block, y);
     if (job.mode == LANES)
       return k_.lanes(m, which, row, rows, x, width, job.count, y, most_rows(job));
     const uint16_t *halves = (const uint16_t *)x;
@@ -344,14 +393,19 @@ class Forward {
     if (job.mode == BLOCKS || job.mode == PAIRS) return put_turned(job, row, rows, y);
     float apart[MOST_ROWS];
     for (int64_t t = 0; t < job.count; t++) {
-      const float *from = y + t * most_rows(job);
-      if (job.mode == PANELS) {
-        const float *squares = in_squares(y, up_to(rows, TILE_ROWS), t);
-        for (int64_t r = 0; r < rows; r += TILE_ROWS)
-          memcpy(apart + r, squares + r * PANEL, TILE_ROWS * 4);
-        from = apart;
+      const int64_t pair = order_[job.first + t];
+      if (job.mode != PANELS) {
+        put(y + t * most_rows(job), pair, row, rows);
+        continue;
       }
-      put(from, order_[job.first + t], row, rows);
+      const float *squares = in_squares(y, up_to(rows, TILE_ROWS), t);
+      if (direct_) {
+        k_.narrow_squares(squares, (uint16_t *)call_.out + pair * call_.down->rows + row, rows);
+        continue;
+      }
+      for (int64_t r = 0; r < rows; r += TILE_ROWS)
+        memcpy(apart + r, squares + r * PANEL, TILE_ROWS * 4);
+      put(apart, pair, row, rows);
     }
   }
 

@@ -67,17 +67,24 @@ static inline __m256i emulated_mm256_maskz_expand_epi8(uint32_t mask, __m256i fr
   return (__m256i)to;
 }
 
-static inline __m256i emulated_mm512_cvtepi32_epi16(__m512i from) {
-  typedef int16_t Words __attribute__((vector_size(32)));
-  return (__m256i)__builtin_convertvector((Emulated16)from, Words);
+// Floats as bf16, halves to even: the second vector's come first.
+static inline __m512i emulated_mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
+  typedef uint16_t Words __attribute__((vector_size(64)));
+  Words to;
+  for (int i = 0; i < 32; i++) {
+    uint32_t bits;
+    const float value = i < 16 ? ((EmulatedFloats16)low)[i] : ((EmulatedFloats16)high)[i - 16];
+    __builtin_memcpy(&bits, &value, 4);
+    to[i] = (uint16_t)(value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+  return (__m512i)to;
 }
 
 #undef _mm512_maskz_expand_epi16
 #define _mm512_maskz_expand_epi16 emulated_mm512_maskz_expand_epi16
 #undef _mm256_maskz_expand_epi8
 #define _mm256_maskz_expand_epi8 emulated_mm256_maskz_expand_epi8
-#undef _mm512_cvtepi32_epi16
-#define _mm512_cvtepi32_epi16 emulated_mm512_cvtepi32_epi16
+#define _mm512_cvtne2ps_pbh emulated_mm512_cvtne2ps_pbh
 #undef _mm512_maskz_expand_ps
 #define _mm512_maskz_expand_ps emulated_mm512_maskz_expand_ps
 #undef _mm512_cvtepi8_epi32

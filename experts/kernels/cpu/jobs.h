@@ -34,21 +34,27 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 // every vector's width.
 static constexpr int64_t TURNED = 16;
 
-// Tokens of each block, so that all are about as large.
-static inline int64_t block_of(int64_t tokens, int64_t most) {
-  const int64_t blocks = up_to(tokens, most) / most;
-  return up_to((tokens + blocks - 1) / blocks, TURNED);
+// Tokens of each part, so that all are about as large, no larger than `most` and a multiple of
+// `threads` in number.
+static inline int64_t part_of(int64_t tokens, int64_t most, int64_t threads = 1) {
+  const int64_t parts = up_to(tokens, most * threads) / most;
+  return parts ? up_to((tokens + parts - 1) / parts, TURNED) : TURNED;
 }
+
+static inline bool with_amx(Mode mode) { return mode == PANELS || mode == PAIRS; }
 
 // Rows of one product. Tokens of LANES and DOTS lie so far apart in its results.
 static inline int64_t most_rows(const Job &job) {
+  if (job.mode == BLOCKS) return BLOCK_ROWS;
   return job.mode == LANES || job.mode == DOTS ? GROUP_ROWS : MOST_ROWS;
 }
 
-// Rows one thread takes at a time: whole tiles, and enough pieces for all threads.
+// Rows one thread takes at a time: whole tiles, and enough pieces of about one size for all
+// threads. With AMX a piece reads all tokens anew, so there are fewer.
 static inline int64_t group_rows(const Job &job, int64_t rows, int64_t threads) {
-  const int64_t pieces = 4 * threads, each = rows ? (rows + pieces - 1) / pieces : 1;
-  return least(up_to(each, TILE_ROWS), most_rows(job));
+  const int64_t most = most_rows(job), pieces = (with_amx(job.mode) ? 2 : 4) * threads;
+  const int64_t turns = up_to(rows, pieces * most) / (pieces * most);
+  return rows ? up_to((rows + pieces * turns - 1) / (pieces * turns), TILE_ROWS) : TILE_ROWS;
 }
 
 static constexpr int64_t GATHER_COLUMNS = 256;

@@ -20,8 +20,8 @@ struct Kernels {
   bool (*tokens)(const Matrix &, int64_t which, int64_t row, int64_t rows, const float *x,
                  int64_t padded_columns, int64_t count, int64_t block, float *y);
 
-  // As `lanes` for bf16 tokens, with DOTS_PAD more of zeros behind them and as much room in y; null
-  // where the CPU has no bf16 products. For tiles of bf16, int8 and int4.
+  // As `lanes` for bf16 tokens, with DOTS_PAD more of zeros behind them and as much room in y;
+  // null where the CPU has no bf16 products. For tiles of bf16, int8 and int4.
   void (*dots)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
                int64_t x_step, int64_t count, float *y, int64_t y_step);
 
@@ -32,8 +32,9 @@ struct Kernels {
   bool (*panels)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
                  int64_t width, int64_t count, float *y);
 
-  // The same for rows, but what panels hold of a chunk is turned, two columns at a time, and so are
-  // the sums. False as `lanes`, which is the faster one up to `few_pairs` tokens.
+  // The same for rows, but what panels hold of a chunk is turned, two columns at a time, and so
+  // are the sums. False as `lanes`, which is the faster one up to `few_pairs` tokens, but not for
+  // int4.
   int64_t few_pairs;
   bool (*pairs)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
                 int64_t width, int64_t count, float *y);
@@ -64,14 +65,16 @@ struct Kernels {
   void (*widen)(const uint16_t *from, float *to, int64_t count);
   void (*narrow)(const float *from, uint16_t *to, int64_t count);
 
-  // As `few_pairs`, for integers: `pairs` makes bf16 of them, which `lanes` need not.
-  int64_t few_code_pairs;
+  // One token's sums of `count` rows in `panels`' order.
+  void (*narrow_squares)(const float *from, uint16_t *to, int64_t count);
 };
 
 static constexpr int64_t DOTS_PAD = 24;
-static constexpr int64_t PANEL = 16, PANEL_CHUNKS = 8;
+static constexpr int64_t PANEL = 16, PANEL_CHUNKS = 32;
 static constexpr int64_t GROUP_ROWS = 64, MOST_BLOCK = 128;
-static constexpr int64_t MOST_ROWS = 256;  // of one call for many tokens
+static constexpr int64_t STRIP_TILES = 3, STRIP_ROWS = STRIP_TILES * TILE_ROWS;
+// Rows of one call for many tokens: of blocks, and of all.
+static constexpr int64_t BLOCK_ROWS = 256, MOST_ROWS = 16 * STRIP_ROWS;
 
 extern const Kernels portable_kernels;
 #if defined(MOIETY_X86)

@@ -1,57 +1,60 @@
 // bf16 tokens against rows of any pattern with AMX. The first factor of its products lies row by
-// row, so 16 rows are expanded into it as they are. Tokens are the second, in pairs of columns: they
-// are turned into them once a call. Sums are 16 rows x 16 tokens.
-//
-// Up to STRIP_TOKENS tokens a strip of 16 rows is read from its start to its end, and its sums stay
-// in registers. More tokens take stretches of columns of 64 rows from the L1 cache, as with tiles.
+// row, so 16 rows are expanded into it as they are. Tokens are the second, in pairs of columns:
+// they are turned into them once a call. Sums are 16 rows x 16 tokens.
 
-static constexpr int64_t STRIP_TOKENS = 4 * PANEL;
-// A strip is expanded so many chunks before they are multiplied, so that both go on at a time.
-static constexpr int64_t ROWS_LAG = 4, ROWS_RING = 8;
+// For every place of 32 halves from a byte on, that byte and the next.
+struct Windows {
+  uint8_t of[64];
+};
 
-// 32 codes of a row from `at` on.
+static constexpr Windows all_windows() {
+  Windows windows = {};
+  for (int i = 0; i < 16; i++) {
+    windows.of[4 * i] = (uint8_t)i;
+    windows.of[4 * i + 1] = (uint8_t)(i + 1);
+  }
+  return windows;
+}
+
+alignas(64) static constexpr Windows WINDOWS = all_windows();
+
+// What turns a row's codes into bf16 for the SCALE_COLUMNS from `column` on: int4's 16 values, or
+// int8's scale.
 template <Kind kind>
-static inline __m256i row_codes(const uint8_t *values, int64_t at) {
-  if constexpr (kind == INT8) return _mm256_loadu_si256((const __m256i *)(values + at));
-  const __m128i low_half = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
-  const __m128i bytes = _mm_loadu_si128((const __m128i *)(values + at / 2));
-  const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), low_half);
-  const __m128i after = _mm_loadu_si128((const __m128i *)(values + (at + 1) / 2));
-  const __m128i low = _mm_and_si128(after, low_half);
-  const bool odd = at % 2;
-  const __m128i first = _mm_sub_epi8(odd ? high : low, eight);
-  const __m128i second = _mm_sub_epi8(odd ? low : high, eight);
-  return _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
+static inline __m512i decoder(const Row &row, int64_t column) {
+  if constexpr (!IS_INTEGER[kind]) return _mm512_setzero_si512();
+  const Vec scale = spread(bf16_value(row.scale[column / SCALE_COLUMNS]));
+  if constexpr (kind == INT8) return (__m512i)scale;
+  const Vec codes = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_setzero_ps(), (__m512)(codes * scale));
 }
 
-// 32 floats as bf16, which they are.
-static inline __m512i halves(__m512i low, __m512i high) {
-  const __m256i first = _mm512_cvtepi32_epi16(_mm512_srli_epi32(low, 16));
-  const __m256i second = _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16));
-  return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
-}
+// Values of 32 columns are read up to so many on.
+static constexpr int64_t PAIRS_REACH = 2 * CHUNK;
 
-// 32 codes as bf16, in which they are exact.
-static inline __m512i bf16_codes(__m256i codes) {
-  typedef int8_t Bytes __attribute__((vector_size(32)));
-  typedef int16_t Words __attribute__((vector_size(64)));
-  const Int words = (Int)__builtin_convertvector((Bytes)codes, Words);
-  const __m512i even = (__m512i)_mm512_cvtepi32_ps((__m512i)(words << 16 >> 16));
-  const Int odd = (Int)_mm512_cvtepi32_ps((__m512i)(words >> 16));
-  return _mm512_or_si512(_mm512_srli_epi32(even, 16), (__m512i)(odd & (int)0xffff0000));
-}
-
-// 32 columns of a row as 16 pairs of bf16, the first columns in the low halves; `at` moves on. Two
-// more than 32 values may be read.
+// 32 columns of a row as 16 pairs of bf16, the first columns in the low halves; `at` moves on.
 template <Kind kind>
-static inline __m512i row_pairs(const Row &row, int64_t &at, int64_t column) {
+static inline __m512i row_pairs(const Row &row, int64_t &at, int64_t column, __m512i decoder) {
   uint32_t bits;
   __builtin_memcpy(&bits, row.mask + column / 8, 4);
-  const int64_t from = at;
+  const uint8_t *from = place_of<kind>(row.values, at);
+  const bool odd = at % 2;
   at += __builtin_popcount(bits);
-  if constexpr (kind == BF16)
-    return _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(row.values + 2 * from));
-  return bf16_codes(_mm256_maskz_expand_epi8(bits, row_codes<kind>(row.values, from)));
+  if constexpr (kind == BF16) return _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(from));
+  const __m256i bytes = _mm256_loadu_si256((const __m256i *)from);
+  if constexpr (kind == INT8) {
+    const __m256i codes = _mm256_maskz_expand_epi8(bits, bytes);
+    const __m128i first = _mm256_castsi256_si128(codes);
+    const __m128i second = _mm256_extracti128_si256(codes, 1);
+    const Vec low = (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(first)) * (Vec)decoder;
+    const Vec high = (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(second)) * (Vec)decoder;
+    return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  }
+  const __m512i windows = _mm512_permutexvar_epi8(_mm512_load_si512(WINDOWS.of),
+                                                  _mm512_castsi256_si512(bytes));
+  const Int both = (Int)_mm512_srl_epi32(windows, _mm_cvtsi32_si128(4 * odd));
+  const __m512i codes = (__m512i)((both & 0x0000000f) | (both << 12 & 0x000f0000));
+  return _mm512_maskz_permutexvar_epi16(bits, _mm512_maskz_expand_epi16(bits, codes), decoder);
 }
 
 // The same near the end of a row or of the values.
@@ -63,136 +66,129 @@ static __m512i last_pairs(const Row &row, int64_t &at, int64_t column, int64_t c
   at += __builtin_popcount(bits);
   const Vec high = expand_piece<kind>(row.values, at, row.total, more);
   at += __builtin_popcount(more);
-  return halves((__m512i)low, (__m512i)high);
+  const float scale = IS_INTEGER[kind] ? bf16_value(row.scale[column / SCALE_COLUMNS]) : 1.0f;
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)(high * scale), (__m512)(low * scale));
 }
 
-// 32 columns of up to 16 rows; zeros in place of those there are not. `inside`: all 16 are there,
-// and neither the chunk nor what is read behind its values goes past their end.
+// Rows are expanded so many chunks at a time, one row after the other: where they are a power of
+// two apart they share few sets of the L1 cache. A step expands a fourth of 16 rows.
+static constexpr int64_t TOGETHER_CHUNKS = 4, STEP_ROWS = TILE_ROWS / TOGETHER_CHUNKS;
+
+// The step's share of `some` chunks of up to 16 rows, chunks `step` apart; zeros in place of rows
+// there are not. `inside`: all 16 are there, and neither the chunks nor what is read behind their
+// values go past the end.
 template <Kind kind>
-static inline void expand_rows(const Row *rows, int64_t *at, int64_t count, int64_t column,
-                               int64_t columns, bool inside, int64_t ahead, uint16_t *dense) {
+__attribute__((noinline)) static void expand_rows(const Row *rows, int64_t *at, int64_t count,
+                                                  int64_t first, int64_t column, int64_t some,
+                                                  int64_t columns, bool inside, int64_t ahead,
+                                                  uint16_t *dense, int64_t step) {
   if (inside) {
-#pragma GCC unroll 16
-    for (int64_t r = 0; r < TILE_ROWS; r++) {
-      fetch(place_of<kind>(rows[r].values, at[r]) + ahead);
-      _mm512_store_si512(dense + CHUNK * r, row_pairs<kind>(rows[r], at[r], column));
+    constexpr int64_t BYTES = TOGETHER_CHUNKS * CHUNK / 2 * HALF_BYTES[kind] / 2;
+    __m512i pairs[STEP_ROWS][TOGETHER_CHUNKS];
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < STEP_ROWS; i++) {
+      const Row &row = rows[first + i];
+      int64_t place = at[first + i];
+      const __m512i decode = decoder<kind>(row, column);
+      const uint8_t *next = place_of<kind>(row.values, place) + ahead;
+      for (int64_t b = 0; b < BYTES; b += 64) fetch(next + b);
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < TOGETHER_CHUNKS; c++)
+        pairs[i][c] = row_pairs<kind>(row, place, column + c * CHUNK, decode);
+      at[first + i] = place;
     }
+#pragma GCC unroll 4
+    for (int64_t c = 0; c < TOGETHER_CHUNKS; c++)
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < STEP_ROWS; i++)
+        _mm512_store_si512(dense + c * step + CHUNK * (first + i), pairs[i][c]);
     return;
   }
-  for (int64_t r = 0; r < TILE_ROWS; r++) {
-    const __m512i pairs = r < count ? last_pairs<kind>(rows[r], at[r], column, columns)
-                                    : _mm512_setzero_si512();
-    _mm512_store_si512(dense + CHUNK * r, pairs);
-  }
+  for (int64_t r = first; r < first + STEP_ROWS; r++)
+    for (int64_t c = 0; c < some; c++) {
+      __m512i pairs = _mm512_setzero_si512();
+      if (r < count) pairs = last_pairs<kind>(rows[r], at[r], column + c * CHUNK, columns);
+      _mm512_store_si512(dense + c * step + CHUNK * r, pairs);
+    }
 }
 
 // Whether 16 rows are there and what is read behind the last one's values too.
 static inline bool all_inside(const Row *rows, int64_t count) {
-  return count == TILE_ROWS && rows[count - 1].end + CHUNK + 2 <= rows[count - 1].total;
+  return count == TILE_ROWS && rows[count - 1].end + PAIRS_REACH <= rows[count - 1].total;
 }
 
-// The sums of N panels in registers 0 to N - 1 go to y, `y_step` apart. Those of codes are multiplied
-// by their rows' scales and added to those of the blocks of columns before.
-template <Kind kind, int N>
-static inline void keep_strip(const Row *rows, int64_t real, int64_t block, float *y,
-                              int64_t y_step) {
-  alignas(64) float products[N * SUMS];
-  keep_sums<N>(products);
-  uint16_t scale[TILE_ROWS] = {};
-  for (int64_t r = 0; IS_INTEGER[kind] && r < real; r++) scale[r] = rows[r].scale[block];
-  const uint8_t *scales = (const uint8_t *)scale;
-  for (int n = 0; n < N; n++) {
-    if constexpr (IS_INTEGER[kind])
-      add_scaled<1, true>(products + n * SUMS, &scales, block == 0, y + n * y_step);
-    else
-      __builtin_memcpy(y + n * y_step, products + n * SUMS, SUMS * 4);
-  }
-}
-
-// N panels, all there are, with a strip of up to 16 rows.
-template <Kind kind, int N>
-static void rows_strip(const Row *rows, int64_t *at, int64_t real, int64_t columns, int64_t ahead,
-                       const uint16_t *x, int64_t width, float *y, int64_t y_step) {
-  alignas(64) uint16_t dense[ROWS_RING * SQUARE];
-  const int64_t chunks = chunks_of(columns), whole = columns / CHUNK;
-  const bool inside = all_inside(rows, real);
-  start_sums<N>(y, true);
-  for (int64_t c = 0; c < chunks + ROWS_LAG; c++) {
-    if (c < chunks)
-      expand_rows<kind>(rows, at, real, c * CHUNK, columns, inside && c < whole, ahead,
-                        dense + c % ROWS_RING * SQUARE);
-    const int64_t chunk = c - ROWS_LAG;
-    if (chunk < 0) continue;
-    const int64_t in_stretch = chunk % PANEL_CHUNKS, before = chunk - in_stretch;
-    const int64_t step = shorter(width / CHUNK - before, PANEL_CHUNKS) * SQUARE;
-    one_by_many<N, true>(dense + chunk % ROWS_RING * SQUARE, x + (before * N + in_stretch) * SQUARE,
-                      step);
-    const bool last = chunk + 1 == chunks;
-    if (!last && !(IS_INTEGER[kind] && (chunk + 1) % SCALE_CHUNKS == 0)) continue;
-    keep_strip<kind, N>(rows, real, chunk / SCALE_CHUNKS, y, y_step);
-    start_sums<N>(y, true);
-  }
-}
-
-// A row's next stretch comes after those of many other rows, each in a page of its own, so no
-// hardware sees it coming. About half of its columns are kept.
+// A row's part of the next strip, about half of whose columns are kept. Every row lies in a page
+// of its own, so no hardware sees it coming.
 template <Kind kind>
-static inline void fetch_row(const Row &row, int64_t at, int64_t some) {
-  const uint8_t *from = place_of<kind>(row.values, at);
+static inline void fetch_row(const Row &row, int64_t at, int64_t column, int64_t some) {
+  const uint8_t *from = place_of<kind>(row.values, at), *mask = row.mask + column / 8;
   const int64_t bytes = place_of<kind>(from, some * CHUNK / 2) - from;
   for (int64_t b = 0; b <= bytes; b += 64) fetch(from + b);
+  for (int64_t b = 0; b <= some * CHUNK / 8; b += 64) fetch(mask + b);
 }
 
-// All panels with a stretch of N strips; `at` is each row's first value in it, and then the first
-// one behind it.
-template <Kind kind, int N>
-static void rows_stretch(const Row *rows, int64_t *at, int64_t real, int64_t columns, int64_t chunk,
-                         int64_t some, const uint16_t *x, int64_t width, int64_t count, float *y,
-                         int64_t y_step) {
-  alignas(64) uint16_t dense[LONG_STRETCH * MOST_TILES * SQUARE];
-  uint16_t scale[N][TILE_ROWS] = {};
-  const uint8_t *scales[N];
-  Ahead none(nullptr, 0, 0, 0, 1);
-  for (int i = 0; i < N; i++) {
-    const int64_t first = i * TILE_ROWS, here = shorter(real - first, TILE_ROWS);
-    for (int64_t r = 0; IS_INTEGER[kind] && r < here; r++)
-      scale[i][r] = rows[first + r].scale[chunk / SCALE_CHUNKS];
-    scales[i] = (const uint8_t *)scale[i];
-    const bool inside = all_inside(rows + first, here);
-    for (int64_t c = 0; c < some; c++) {
-      const int64_t column = (chunk + c) * CHUNK;
-      expand_rows<kind>(rows + first, at + first, here, column, columns,
-                        inside && column + CHUNK <= columns, 0,
-                        dense + (c * MOST_TILES + i) * SQUARE);
+// Up to 48 rows from some chunk on; `at` is each one's first value in a chunk, and then the first
+// one behind it. The next strip's rows are fetched at every step, or what lies `ahead`.
+template <Kind kind>
+struct Strips {
+  static constexpr int64_t GROUP = TOGETHER_CHUNKS, LAG = TOGETHER_CHUNKS;
+  const Row *rows;
+  int64_t *at;
+  int64_t real, columns, chunk, some, ahead;
+  bool inside[STRIP_TILES];
+  const Row *next;
+  const int64_t *next_at;
+  int64_t next_real, next_chunk, next_some, steps, step, fetched;
+
+  template <int N>
+  inline void expand(int64_t c, uint16_t *dense, int64_t width) const {
+    const int64_t part = c % GROUP, group = c - part, column = (chunk + group) * CHUNK;
+    if (group >= some) return;
+    for (int i = 0; i < N; i++) {
+      const int64_t first = i * TILE_ROWS, here = shorter(real - first, TILE_ROWS);
+      expand_rows<kind>(rows + first, at + first, here, part * STEP_ROWS, column,
+                        shorter(some - group, GROUP), columns,
+                        inside[i] && column + GROUP * CHUNK <= columns, ahead,
+                        dense + i * SQUARE, width);
     }
-    for (int64_t r = first; r < first + here; r++) fetch_row<kind>(rows[r], at[r], some);
   }
-  panels_stretch<kind, N, true>(dense, scales, chunk, some, x, width, count, y, y_step, none);
-}
+
+  inline void fetch_some() {
+    for (step++; fetched < next_real && fetched * steps < step * next_real; fetched++)
+      fetch_row<kind>(next[fetched], next_at[fetched], next_chunk * CHUNK, next_some);
+  }
+};
 
 template <Kind kind>
 static void pairs_by_rows(const Row *found, int64_t *at, int64_t columns, int64_t rows,
                           const uint16_t *x, int64_t width, int64_t count, float *y) {
-  const int64_t y_step = (rows + TILE_ROWS - 1) / TILE_ROWS * SUMS;
-  if (count <= STRIP_TOKENS) {
+  const int64_t y_step = (rows + TILE_ROWS - 1) / TILE_ROWS * SUMS, chunks = chunks_of(columns);
+  const int64_t panels = (count + PANEL - 1) / PANEL, passes = (panels + 1) / 2;
+  if (panels <= NARROW_PANELS) {
     for (int64_t r = 0; r < rows; r += TILE_ROWS) {
       const int64_t real = shorter(rows - r, TILE_ROWS);
       const bool more = r + 2 * TILE_ROWS <= rows;
       const int64_t ahead = more ? bytes_of<kind>(found[r], found[r + real - 1]) : 0;
-      FOR_TILES((count + PANEL - 1) / PANEL,
-                rows_strip<kind, N>(found + r, at + r, real, columns, ahead, x, width,
-                                    y + r * PANEL, y_step));
+      Strips<kind> strips = {found + r, at + r, real, columns, 0, chunks, ahead,
+                             {all_inside(found + r, real)}, nullptr, nullptr, 0, 0, 0, 0, 0, 0};
+      FOR_PANELS(panels, multiply_narrow<N, true>(strips, chunks, x, width, y + r * PANEL, y_step));
     }
     return;
   }
-  const int64_t chunks = chunks_of(columns), stretch = stretch_of(kind, count);
-  for (int64_t chunk = 0; chunk < chunks; chunk += stretch) {
-    const int64_t some = shorter(chunks - chunk, stretch);
-    for (int64_t r = 0; r < rows; r += GROUP_ROWS) {
-      const int64_t real = shorter(rows - r, GROUP_ROWS);
-      FOR_TILES((real + TILE_ROWS - 1) / TILE_ROWS,
-                rows_stretch<kind, N>(found + r, at + r, real, columns, chunk, some, x, width,
-                                      count, y + r * PANEL, y_step));
+  for (int64_t chunk = 0; chunk < chunks; chunk += PANEL_CHUNKS) {
+    const int64_t some = shorter(chunks - chunk, PANEL_CHUNKS);
+    for (int64_t r = 0; r < rows; r += STRIP_ROWS) {
+      const int64_t real = shorter(rows - r, STRIP_ROWS);
+      const bool last = r + STRIP_ROWS >= rows;
+      const int64_t next = last ? 0 : r + STRIP_ROWS, then = last ? chunk + some : chunk;
+      Strips<kind> strips = {found + r, at + r, real, columns, chunk, some, 0, {}, found + next,
+                             at + next, shorter(rows - next, STRIP_ROWS), then,
+                             shorter(chunks - then, PANEL_CHUNKS), passes * some, 0, 0};
+      for (int64_t first = 0; first < real; first += TILE_ROWS)
+        strips.inside[first / TILE_ROWS] = all_inside(found + r + first,
+                                                      shorter(real - first, TILE_ROWS));
+      FOR_STRIP(real, multiply_strip<N, true>(strips, chunk, some, x, width, panels, y + r * PANEL,
+                                              y_step));
     }
   }
 }

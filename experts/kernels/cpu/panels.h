@@ -1,17 +1,25 @@
-// bf16 tokens against tiles with AMX, whose registers hold 16 x 32 bf16 or 16 x 16 fp32: one
-// instruction multiplies 16 tokens with 32 columns of 16 rows. It knows no sparsity, so weights are
-// expanded into the L1 cache, a stretch of columns at a time, and used by all tokens there. Of its
-// two factors the first lies row by row, the second in pairs of columns, which is how tiles expand.
+// bf16 tokens against weights with AMX, whose registers hold 16 x 32 bf16 or 16 x 16 fp32: one
+// instruction multiplies 16 tokens with 32 columns of 16 rows. It knows no sparsity, so weights
+// are expanded first, a chunk of columns at a time. Of its two factors the first lies row by row,
+// the second in pairs of columns, which is how tiles expand.
 //
-// A panel is 16 tokens. For every PANEL_CHUNKS chunks of columns all panels lie one after the other,
-// each 16 x 32 of a chunk: what a stretch needs is in one piece, not a power of two apart.
+// A panel is 16 tokens. Up to NARROW_PANELS panels, 16 rows are read from their start to their end
+// and never written: all sums stay in registers, and what is expanded is multiplied at once. More
+// panels take strips of up to 48 rows, PANEL_CHUNKS chunks of which are expanded while the first
+// two panels are multiplied and serve all others from the L2 cache. Six sums and two factors are
+// all the registers there are, and the sums' way to memory and back costs as much as several
+// products.
+//
+// For every PANEL_CHUNKS chunks of columns all panels lie one after the other, each 16 x 32 of a
+// chunk: they stay in the L2 cache for all strips, and are not a power of two apart.
+//
+// A source of weights has GROUP, chunks that are expanded together; LAG, by how many steps a chunk
+// is expanded before it is multiplied, so that both go on at a time; expand<N>(step, dense,
+// width), which does the step's part of N tiles of its group, which begins at `dense` and whose
+// chunks are `width` apart; and fetch_some(), which is called at every step.
 
-// Chunks of a stretch. Short ones leave room in the L1 cache, long ones spare many tokens' sums the
-// way there and back. Integers have a scale for each short one.
-static constexpr int64_t SHORT_STRETCH = SCALE_CHUNKS, LONG_STRETCH = PANEL_CHUNKS;
-static constexpr int64_t SHORT_TOKENS = 64;
 static constexpr int64_t SQUARE = PANEL * CHUNK, SUMS = PANEL * TILE_ROWS;
-static constexpr int64_t MOST_TILES = GROUP_ROWS / TILE_ROWS;
+static constexpr int64_t NARROW_PANELS = 6;
 
 // For every pair of kept columns, the bytes of (v0, v1) in two of four columns; 0x80 gives 0.
 struct Spread {
@@ -34,9 +42,18 @@ static constexpr Spread spread_of(int first_column) {
 
 alignas(64) static constexpr Spread SPREAD_LOW = spread_of(0), SPREAD_HIGH = spread_of(2);
 
+// A group of a tile as pairs of bf16, codes times their rows' scales.
+template <Kind kind>
+static inline __m512i weight_pair(const uint8_t *group, Vec scale) {
+  if constexpr (kind == BF16) return (__m512i)load_int(group);
+  Vec v0, v1;
+  pair<kind>(group, 0, v0, v1);
+  return bf16_pairs(v0 * scale, v1 * scale);
+}
+
 // One chunk of a tile as AMX wants the second factor: a row for two columns, 16 pairs in it.
 template <Kind kind>
-static inline void expand_chunk(const uint8_t *chunk, uint16_t *dense) {
+static inline void expand_chunk(const uint8_t *chunk, Vec scale, uint16_t *dense) {
   const __m512i low = _mm512_load_si512(SPREAD_LOW.of), high = _mm512_load_si512(SPREAD_HIGH.of);
   const __m512i lanes = _mm512_broadcast_i32x4(
       _mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
@@ -44,7 +61,7 @@ static inline void expand_chunk(const uint8_t *chunk, uint16_t *dense) {
   const uint8_t *group = chunk + CONTROL_BYTES;
 #pragma GCC unroll 4
   for (int g = 0; g < GROUPS; g++, group += GROUP_BYTES[kind], dense += 64) {
-    const __m512i values = bf16_pair<kind>(group);
+    const __m512i values = weight_pair<kind>(group, scale);
     const __m512i here = _mm512_or_si512(_mm512_permutexvar_epi32(control, low), lanes);
     const __m512i there = _mm512_or_si512(_mm512_permutexvar_epi32(control, high), lanes);
     control = _mm512_srli_epi32(control, 4);
@@ -53,148 +70,179 @@ static inline void expand_chunk(const uint8_t *chunk, uint16_t *dense) {
   }
 }
 
-// Where N tiles go on, to be fetched while this stretch of them is expanded and multiplied.
-class Ahead {
- public:
-  // In so many steps.
-  Ahead(const uint8_t *at, int64_t bytes, int64_t step, int64_t tiles, int64_t steps)
-      : at_(at), start_(at), lines_(bytes / 64 + 1), step_(step), tiles_(tiles),
-        some_((lines_ * tiles + steps - 1) / steps) {}
+// Sums in register `to` take the product of tokens in register 6 and rows in register 7, which
+// come first where ROWS_FIRST.
+#define ADD_PRODUCT(to)                                        \
+  if constexpr (ROWS_FIRST) _tile_dpbf16ps(to, 7, 6);          \
+  else _tile_dpbf16ps(to, 6, 7)
 
-  inline void go_on() {
-    for (int64_t i = 0; i < some_ && tiles_ > 0; i++, at_ += 64) {
-      fetch(at_);
-      if (++line_ < lines_) continue;
-      line_ = 0;
-      tiles_--;
-      at_ = start_ += step_;
-      at_ -= 64;
-    }
-  }
-
- private:
-  const uint8_t *at_, *start_;
-  int64_t line_ = 0, lines_, step_, tiles_, some_;
-};
-
-// Sums in register `to` take a product of one with another, the other way round unless ONE_FIRST.
-#define ADD_PRODUCT(to, one, other)                             \
-  if constexpr (ONE_FIRST) _tile_dpbf16ps(to, one, other);      \
-  else _tile_dpbf16ps(to, other, one)
-
-// Adds the products of one with N others, `step` apart, to registers 0 to N - 1.
-template <int N, bool ONE_FIRST>
-static inline void one_by_many(const uint16_t *one, const uint16_t *others, int64_t step) {
-  _tile_loadd(4, one, 64);
-  _tile_loadd(5, others, 64);
-  ADD_PRODUCT(0, 4, 5);
+// Adds the products of a chunk of P panels, `step` apart, and N tiles: those of tile n and panel p
+// to register 3 p + n. Six sums and two factors are all the registers there are; each factor is
+// loaded anew where it is needed again, which the L1 cache bears.
+template <int N, int P, bool ROWS_FIRST>
+static inline void add_products(const uint16_t *x, int64_t step, const uint16_t *dense) {
+  _tile_loadd(6, x, 64);
+  _tile_loadd(7, dense, 64);
+  ADD_PRODUCT(0);
   if constexpr (N > 1) {
-    _tile_loadd(6, others + step, 64);
-    ADD_PRODUCT(1, 4, 6);
+    _tile_loadd(7, dense + SQUARE, 64);
+    ADD_PRODUCT(1);
   }
   if constexpr (N > 2) {
-    _tile_loadd(7, others + 2 * step, 64);
-    ADD_PRODUCT(2, 4, 7);
+    _tile_loadd(7, dense + 2 * SQUARE, 64);
+    ADD_PRODUCT(2);
   }
-  if constexpr (N > 3) {
-    _tile_loadd(5, others + 3 * step, 64);
-    ADD_PRODUCT(3, 4, 5);
+  if constexpr (P == 1) return;
+  _tile_loadd(6, x + step, 64);
+  if constexpr (N > 2) {
+    ADD_PRODUCT(5);
+    _tile_loadd(7, dense + SQUARE, 64);
   }
+  if constexpr (N > 1) {
+    ADD_PRODUCT(4);
+    _tile_loadd(7, dense, 64);
+  }
+  ADD_PRODUCT(3);
+}
+
+// Runs MOVE(register, where its sums are) for all sums of P panels and N tiles.
+#define MOVE_SUMS(MOVE)                                                \
+  MOVE(0, y);                                                          \
+  if constexpr (N > 1) MOVE(1, y + SUMS);                              \
+  if constexpr (N > 2) MOVE(2, y + 2 * SUMS);                          \
+  if constexpr (P > 1) MOVE(3, y + y_step);                            \
+  if constexpr (P > 1 && N > 1) MOVE(4, y + y_step + SUMS);            \
+  if constexpr (P > 1 && N > 2) MOVE(5, y + y_step + 2 * SUMS)
+#define CLEAR(to, from) _tile_zero(to)
+#define TAKE(to, from) _tile_loadd(to, from, 64)
+#define KEEP(from, to) _tile_stored(from, to, 64)
+
+template <int N, int P>
+static inline void start_sums(const float *y, int64_t y_step, bool first) {
+  if (first) {
+    MOVE_SUMS(CLEAR);
+  } else {
+    MOVE_SUMS(TAKE);
+  }
+}
+
+template <int N, int P>
+static inline void keep_sums(float *y, int64_t y_step) {
+  MOVE_SUMS(KEEP);
+}
+
+#undef MOVE_SUMS
+#undef CLEAR
+#undef TAKE
+#undef KEEP
+
+// Expands a step's part of N tiles, of which `room` chunks lie `width` apart at `dense`.
+template <int N, class Source>
+static inline void expand_step(const Source &source, int64_t step, uint16_t *dense, int64_t room,
+                               int64_t width) {
+  const int64_t group = step - step % Source::GROUP;
+  source.template expand<N>(step, dense + group % room * width, width);
+}
+
+// P panels with so many chunks of N tiles, which are expanded if they are not yet. Sums of a panel
+// are y_step apart.
+template <int N, int P, bool ROWS_FIRST, bool EXPANDED, class Source>
+static inline void panels_by_strip(Source &source, int64_t chunks, bool first, uint16_t *dense,
+                                   const uint16_t *x, int64_t x_step, float *y, int64_t y_step) {
+  constexpr int64_t lag = EXPANDED ? 0 : Source::LAG, width = STRIP_TILES * SQUARE;
+  start_sums<N, P>(y, y_step, first);
+  for (int64_t c = 0; c < chunks + lag; c++) {
+    source.fetch_some();
+    if (!EXPANDED) expand_step<N>(source, c, dense, PANEL_CHUNKS, width);
+    if (c >= lag)
+      add_products<N, P, ROWS_FIRST>(x + (c - lag) * SQUARE, x_step, dense + (c - lag) * width);
+  }
+  keep_sums<N, P>(y, y_step);
+}
+
+// All panels with N tiles' chunks from a multiple of PANEL_CHUNKS on.
+template <int N, bool ROWS_FIRST, class Source>
+static void multiply_strip(Source &source, int64_t chunk, int64_t some, const uint16_t *x,
+                           int64_t width, int64_t panels, float *y, int64_t y_step) {
+  alignas(64) uint16_t dense[PANEL_CHUNKS * STRIP_TILES * SQUARE];
+  const bool first = chunk == 0;
+  const int64_t x_step = shorter(width / CHUNK - chunk, PANEL_CHUNKS) * SQUARE;
+  x += chunk * panels * SQUARE;
+  panels_by_strip<N, 2, ROWS_FIRST, false>(source, some, first, dense, x, x_step, y, y_step);
+  int64_t p = 2;
+  for (; p + 1 < panels; p += 2)
+    panels_by_strip<N, 2, ROWS_FIRST, true>(source, some, first, dense, x + p * x_step, x_step,
+                                            y + p * y_step, y_step);
+  if (p < panels)
+    panels_by_strip<N, 1, ROWS_FIRST, true>(source, some, first, dense, x + p * x_step, x_step,
+                                            y + p * y_step, y_step);
+}
+
+// Adds the products of a chunk of 16 rows and P panels, `step` apart, to registers 0 to P - 1.
+template <int P, bool ROWS_FIRST>
+static inline void add_narrow(const uint16_t *dense, const uint16_t *x, int64_t step) {
+#define ADD_PANEL(p)                                           \
+  if constexpr (P > p) {                                       \
+    _tile_loadd(6, x + p * step, 64);                          \
+    ADD_PRODUCT(p);                                            \
+  }
+  _tile_loadd(7, dense, 64);
+  ADD_PANEL(0)
+  ADD_PANEL(1)
+  ADD_PANEL(2)
+  ADD_PANEL(3)
+  ADD_PANEL(4)
+  ADD_PANEL(5)
+#undef ADD_PANEL
+}
+
+template <int P>
+static inline void keep_narrow(float *y, int64_t y_step) {
+  _tile_stored(0, y, 64);
+  if constexpr (P > 1) _tile_stored(1, y + y_step, 64);
+  if constexpr (P > 2) _tile_stored(2, y + 2 * y_step, 64);
+  if constexpr (P > 3) _tile_stored(3, y + 3 * y_step, 64);
+  if constexpr (P > 4) _tile_stored(4, y + 4 * y_step, 64);
+  if constexpr (P > 5) _tile_stored(5, y + 5 * y_step, 64);
+}
+
+// P panels, all there are, with all chunks of 16 rows.
+template <int P, bool ROWS_FIRST, class Source>
+static void multiply_narrow(Source &source, int64_t chunks, const uint16_t *x, int64_t width,
+                            float *y, int64_t y_step) {
+  constexpr int64_t RING = 2 * Source::LAG;
+  alignas(64) uint16_t dense[RING * SQUARE];
+  start_sums<3, 2>(y, y_step, true);
+  for (int64_t c = 0; c < chunks + Source::LAG; c++) {
+    expand_step<1>(source, c, dense, RING, SQUARE);
+    const int64_t chunk = c - Source::LAG;
+    if (chunk < 0) continue;
+    const int64_t before = chunk / PANEL_CHUNKS * PANEL_CHUNKS;
+    const int64_t step = shorter(width / CHUNK - before, PANEL_CHUNKS) * SQUARE;
+    const uint16_t *panels = x + (before * P + chunk - before) * SQUARE;
+    add_narrow<P, ROWS_FIRST>(dense + chunk % RING * SQUARE, panels, step);
+  }
+  keep_narrow<P>(y, y_step);
 }
 
 #undef ADD_PRODUCT
 
-// Adds a panel's product with a stretch of N tiles, which come first where ROWS_FIRST, to registers 0
-// to N - 1.
-template <int N, bool ROWS_FIRST>
-static inline void panel_products(const uint16_t *x, const uint16_t *dense, int64_t chunks,
-                                  Ahead &ahead) {
-  for (int64_t c = 0; c < chunks; c++, x += SQUARE, dense += MOST_TILES * SQUARE) {
-    ahead.go_on();
-    one_by_many<N, !ROWS_FIRST>(x, dense, SQUARE);
+// Runs a statement with the number N, from 1 to 6.
+#define FOR_PANELS(number, ...)                         \
+  switch (number) {                                    \
+    case 1: { constexpr int N = 1; __VA_ARGS__; break; } \
+    case 2: { constexpr int N = 2; __VA_ARGS__; break; } \
+    case 3: { constexpr int N = 3; __VA_ARGS__; break; } \
+    case 4: { constexpr int N = 4; __VA_ARGS__; break; } \
+    case 5: { constexpr int N = 5; __VA_ARGS__; break; } \
+    default: { constexpr int N = 6; __VA_ARGS__; }       \
   }
-}
 
-template <int N>
-static inline void start_sums(const float *y, bool first) {
-  if (first) {
-    _tile_zero(0);
-    if constexpr (N > 1) _tile_zero(1);
-    if constexpr (N > 2) _tile_zero(2);
-    if constexpr (N > 3) _tile_zero(3);
-    return;
-  }
-  _tile_loadd(0, y, 64);
-  if constexpr (N > 1) _tile_loadd(1, y + SUMS, 64);
-  if constexpr (N > 2) _tile_loadd(2, y + 2 * SUMS, 64);
-  if constexpr (N > 3) _tile_loadd(3, y + 3 * SUMS, 64);
-}
-
-template <int N>
-static inline void keep_sums(float *y) {
-  _tile_stored(0, y, 64);
-  if constexpr (N > 1) _tile_stored(1, y + SUMS, 64);
-  if constexpr (N > 2) _tile_stored(2, y + 2 * SUMS, 64);
-  if constexpr (N > 3) _tile_stored(3, y + 3 * SUMS, 64);
-}
-
-// Adds products of codes, times their rows' scales, to y; or puts them there.
-template <int N, bool ROWS_FIRST>
-static inline void add_scaled(const float *products, const uint8_t *const *scales, bool first,
-                              float *y) {
-  for (int i = 0; i < N; i++) {
-    __m512 scale = (__m512)load_bf16(scales[i]);
-    for (int line = 0; line < PANEL; line++, products += TILE_ROWS, y += TILE_ROWS) {
-      if (ROWS_FIRST) scale = _mm512_set1_ps(bf16_value(load_u16(scales[i] + 2 * line)));
-      const __m512 product = _mm512_load_ps(products);
-      const __m512 sum = first ? _mm512_setzero_ps() : _mm512_loadu_ps(y);
-      _mm512_storeu_ps(y, _mm512_fmadd_ps(product, scale, sum));
-    }
-  }
-}
-
-// All panels with an expanded stretch of N times 16 rows, one below the other. Sums of a panel are
-// y_step apart.
-template <Kind kind, int N, bool ROWS_FIRST>
-static void panels_stretch(const uint16_t *dense, const uint8_t *const *scales, int64_t chunk,
-                           int64_t some, const uint16_t *x, int64_t width, int64_t count, float *y,
-                           int64_t y_step, Ahead &ahead) {
-  alignas(64) float products[MOST_TILES * SUMS];
-  const bool first = chunk == 0;
-  const int64_t inside = chunk % PANEL_CHUNKS, before = chunk - inside;
-  const int64_t x_step = shorter(width / CHUNK - before, PANEL_CHUNKS) * SQUARE;
-  const int64_t panels = (count + PANEL - 1) / PANEL;
-  const uint16_t *panel = x + before * panels * SQUARE + inside * SQUARE;
-  for (int64_t t = 0; t < panels; t++, panel += x_step, y += y_step) {
-    start_sums<N>(y, first || IS_INTEGER[kind]);
-    panel_products<N, ROWS_FIRST>(panel, dense, some, ahead);
-    if constexpr (IS_INTEGER[kind]) {
-      keep_sums<N>(products);
-      add_scaled<N, ROWS_FIRST>(products, scales, first, y);
-    } else {
-      keep_sums<N>(y);
-    }
-  }
-}
-
-template <Kind kind, int N>
-static void tiles_stretch(const uint8_t *tile, int64_t size, int64_t chunk, int64_t some,
-                          const uint8_t *next, const uint16_t *x, int64_t width, int64_t count,
-                          float *y, int64_t y_step) {
-  alignas(64) uint16_t dense[LONG_STRETCH * MOST_TILES * SQUARE];
-  const int64_t steps = (N + (count + PANEL - 1) / PANEL) * some;
-  Ahead ahead(next, some * chunk_bytes(kind), size, N, steps);
-  const uint8_t *scales[N];
-  for (int i = 0; i < N; i++) {
-    const uint8_t *at = tile + i * size + chunk_at(kind, chunk);
-    scales[i] = tile + i * size + scale_at(kind, chunk / SCALE_CHUNKS);
-    for (int64_t c = 0; c < some; c++) {
-      ahead.go_on();
-      expand_chunk<kind>(at + c * chunk_bytes(kind), dense + (c * MOST_TILES + i) * SQUARE);
-    }
-  }
-  panels_stretch<kind, N, false>(dense, scales, chunk, some, x, width, count, y, y_step, ahead);
-}
+// Runs a statement with the number N of tiles of a strip that so many rows begin with.
+#define FOR_STRIP(rows, ...)                                      \
+  if ((rows) > 2 * TILE_ROWS) { constexpr int N = 3; __VA_ARGS__; } \
+  else if ((rows) > TILE_ROWS) { constexpr int N = 2; __VA_ARGS__; } \
+  else { constexpr int N = 1; __VA_ARGS__; }
 
 // What the registers hold: all of them 16 rows of 64 bytes.
 struct alignas(64) Shapes {
@@ -203,28 +251,47 @@ struct alignas(64) Shapes {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-static inline int64_t stretch_of(Kind kind, int64_t count) {
-  return IS_INTEGER[kind] || count <= SHORT_TOKENS ? SHORT_STRETCH : LONG_STRETCH;
-}
+// Up to three tiles, one after the other, from some chunk on.
+template <Kind kind>
+struct Tiles {
+  static constexpr int64_t GROUP = 1, LAG = 2;
+  const uint8_t *tile;
+  int64_t size, chunk, some, ahead;
 
-// All tiles take a stretch before any takes the next, so that the panels' columns of it stay in the L2
-// cache.
+  template <int N>
+  inline void expand(int64_t c, uint16_t *dense, int64_t) const {
+    if (c >= some) return;
+    for (int i = 0; i < N; i++) {
+      const uint8_t *here = tile + i * size, *at = here + chunk_at(kind, chunk + c);
+      for (int64_t b = 0; ahead && b < chunk_bytes(kind); b += 64) fetch(at + ahead + b);
+      Vec scale = {};
+      if (IS_INTEGER[kind]) scale = load_bf16(here + scale_at(kind, (chunk + c) / SCALE_CHUNKS));
+      expand_chunk<kind>(at, scale, dense + i * SQUARE);
+    }
+  }
+
+  inline void fetch_some() const {}
+};
+
 template <Kind kind>
 static void panel_tiles(const uint8_t *tile, const Matrix &m, int64_t rows, const uint16_t *x,
                         int64_t width, int64_t count, float *y) {
   const int64_t size = tile_size(kind, m.columns), chunks = chunks_of(m.columns);
   const int64_t y_step = (rows + TILE_ROWS - 1) / TILE_ROWS * SUMS;
-  const int64_t stretch = stretch_of(kind, count);
-  for (int64_t chunk = 0; chunk < chunks; chunk += stretch) {
-    const int64_t some = shorter(chunks - chunk, stretch);
-    for (int64_t r = 0; r < rows; r += GROUP_ROWS) {
-      const uint8_t *here = tile + r / TILE_ROWS * size;
-      const bool last = r + GROUP_ROWS >= rows;
-      const uint8_t *next = last ? tile + chunk_at(kind, chunk + stretch)
-                                 : here + MOST_TILES * size + chunk_at(kind, chunk);
-      const int64_t tiles = (shorter(rows - r, GROUP_ROWS) + TILE_ROWS - 1) / TILE_ROWS;
-      FOR_TILES(tiles, tiles_stretch<kind, N>(here, size, chunk, some, next, x, width, count,
-                                              y + r * PANEL, y_step));
+  const int64_t panels = (count + PANEL - 1) / PANEL;
+  if (panels <= NARROW_PANELS) {
+    for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+      Tiles<kind> tiles = {tile + r / TILE_ROWS * size, size, 0, chunks, AHEAD};
+      FOR_PANELS(panels, multiply_narrow<N, false>(tiles, chunks, x, width, y + r * PANEL, y_step));
+    }
+    return;
+  }
+  for (int64_t chunk = 0; chunk < chunks; chunk += PANEL_CHUNKS) {
+    const int64_t some = shorter(chunks - chunk, PANEL_CHUNKS);
+    for (int64_t r = 0; r < rows; r += STRIP_ROWS) {
+      Tiles<kind> tiles = {tile + r / TILE_ROWS * size, size, chunk, some, 0};
+      FOR_STRIP(rows - r, multiply_strip<N, false>(tiles, chunk, some, x, width, panels,
+                                                   y + r * PANEL, y_step));
     }
   }
 }

@@ -19,12 +19,11 @@ class Amx:
 @pytest.mark.parametrize(
     ("isa", "layout", "dtype", "tokens", "expected"),
     [
-        (Isa.AMX, "rows", torch.bfloat16, 4096, True),
-        (Isa.AMX, "rows", torch.bfloat16, 4095, False),
-        (Isa.AMX, "tiled", torch.bfloat16, 1023, False),
-        (Isa.AMX, "tiled", torch.bfloat16, 1024, True),
+        (Isa.AMX, "rows", torch.bfloat16, 2048, True),
+        (Isa.AMX, "rows", torch.bfloat16, 2047, False),
+        (Isa.AMX, "tiled", torch.bfloat16, 8192, False),
         (Isa.AMX, "rows", torch.float32, 8192, False),
-        (Isa.AVX512, "tiled", torch.bfloat16, 8192, False),
+        (Isa.AVX512, "rows", torch.bfloat16, 8192, False),
     ],
 )
 def test_dense_products_take_over_where_they_are_faster(
@@ -39,13 +38,14 @@ def test_dense_products_take_over_where_they_are_faster(
         torch.empty(1, 512, 256), torch.empty(1, 512, 64), None, None, 512, 512, "bf16"
     )
     large = large if layout == "rows" else large._replace(mask=None)
-    small = large._replace(rows=16)
+    small, huge = large._replace(rows=16), large._replace(rows=1 << 15)
     found = Amx()
     found.best = isa
     monkeypatch.setattr(crossover, "native", lambda _: found)
     input_TI = torch.empty(1, 512, dtype=dtype)
     assert crossover.better_dense(input_TI, large, tokens) == expected
     assert not crossover.better_dense(input_TI, small, tokens)
+    assert not crossover.better_dense(input_TI, huge, tokens)
 
 
 @pytest.mark.skipif(library.library() is None, reason="no compiled kernels")

@@ -92,13 +92,18 @@ def test_every_isa_multiplies_as_the_reference_does(
 ) -> None:
     pattern, layout = stored
     shapes = [(17, 36), (70, 260)] if pattern == "2:4" else [(9, 45), (18, 299)]
+    # So many tokens are multiplied without AMX.
+    few = 5 if layout == "tiles" else 0 if kind == "int4" else 1
     for rows, columns in shapes:
-        [dense], weights = stack(packs, 1, rows, columns, pattern, kind)
+        [exact], weights = stack(packs, 1, rows, columns, pattern, kind)
         weights = in_layout(weights, layout)
         for tokens in (0, *TOKENS):
+            dense = exact
             input = torch.randn(tokens, columns).to(dtype)
             output = compiled.forward(input, weights, isa=isa)
             assert output.dtype == dtype
+            if isa == Isa.AMX and kind in INTEGERS and dtype == torch.bfloat16 and tokens > few:
+                dense = packs.rounded(exact, layout)
             wide = input.double()
             assert_near(output, wide @ dense.T, wide.abs() @ dense.abs().T)
 

@@ -157,11 +157,12 @@ static int32_t call(const Problem &p, int32_t isa, int32_t threads, int64_t toke
                         out.data());
 }
 
-// Whether the kernels round the gated inner values to bf16 on the way.
-static bool rounds_inner(const Problem &p, int32_t isa, const Matrix &down) {
+// Whether the kernels round to bf16 on the way: the gated inner values, or codes times their scales.
+static bool rounds(const Problem &p, int32_t isa, const Matrix &down) {
   const bool whole = down.kind == FP16 || down.kind == FP32;
   const bool may = down.layout == TILES ? isa >= AVX512_BF16 : isa == AMX;
-  return may && p.gate_up && p.bf16 && !whole;
+  const bool codes = isa == AMX && IS_INTEGER[down.kind];
+  return may && (p.gate_up || codes) && p.bf16 && !whole;
 }
 
 static void check(Tally &tally, const Problem &p, int32_t isa, int64_t tokens,
@@ -177,7 +178,7 @@ static void check(Tally &tally, const Problem &p, int32_t isa, int64_t tokens,
                     (size == 0 || p.bf16 ||
                      !memcmp(one.wide.data(), three.wide.data(), size * sizeof(float)));
   tally.expect(same, what + ": 3 threads differ from 1");
-  const double tolerance = rounds_inner(p, isa, down) ? ROUNDING + 1e-5 : 1e-5;
+  const double tolerance = rounds(p, isa, down) ? ROUNDING + 1e-5 : 1e-5;
   double worst = 0;
   int64_t where = -1;
   for (int64_t i = 0; i < size; i++) {
