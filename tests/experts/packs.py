@@ -128,11 +128,3 @@ LINEARS = [
     for layer in range(2)
     for name in ("mlp.gate", "mlp.up", "mlp.down", "self_attn.q", "self_attn.o")
 ]
-
-
-def rounded(dense: Tensor, layout: str) -> Tensor:
-    """Integers times their scales as AMX multiplies them, in bf16: rows round halves to even."""
-    if layout == "rows":
-        return dense.bfloat16().to(dense.dtype)
-    bits = dense.float().view(torch.int32)
-    return ((bits + 0x8000) & -0x10000).view(torch.float32).to(dense.dtype)

@@ -12,15 +12,6 @@
     default: { constexpr Kind K = INT4; __VA_ARGS__; }          \
   }
 
-// Runs a statement with the number N, from 1 to 4.
-#define FOR_TILES(number, ...)                           \
-  switch (number) {                                     \
-    case 1: { constexpr int N = 1; __VA_ARGS__; break; } \
-    case 2: { constexpr int N = 2; __VA_ARGS__; break; } \
-    case 3: { constexpr int N = 3; __VA_ARGS__; break; } \
-    default: { constexpr int N = 4; __VA_ARGS__; }       \
-  }
-
 // Runs a statement with the number N, from 1 to 8.
 #define FOR_NUMBER(number, ...)                         \
   switch (number) {                                     \

@@ -203,6 +203,7 @@ Status expand(const Kernels &kernels, const Matrix &from, int64_t which, int thr
   const bool whole = from.layout == TILES && kernels.dense_tile;
   const int64_t together = whole ? TILE_ROWS : 1, step = up_to(from.columns, CHUNK) * CHUNK;
   const size_t width = from.columns;
+  if (!width) return OK;
   Status status = OK;
 #pragma omp parallel num_threads(threads)
   {

@@ -3,6 +3,7 @@
 #include <omp.h>
 #include <string.h>
 
+#include "gather.h"
 #include "jobs.h"
 #include "scratch.h"
 #include "shares.h"
@@ -39,7 +40,7 @@ class Forward {
     }
     sort(pairs, experts);
     if (!direct_ && !start_sums(sums)) return NO_MEMORY;
-    if (direct_ && !call_.gate_up && pairs >= OWN_TOKENS * call_.threads) return by_tokens(pairs);
+    if (takes_own(pairs)) return by_tokens(pairs);
     Status status = waves(experts);
     if (status == OK && !direct_ && call_.x.bf16) finish_sums();
     return status;
@@ -149,13 +150,14 @@ class Forward {
     const int64_t outputs = up_to(call_.down->rows, last) / last;
     share_out(shares, call_.threads, grouped);
     share_out(shares + call_.threads, call_.threads, outputs);
+    const Gather gather(call_, order_, width_);
     status_ = OK;
 #pragma omp parallel num_threads(call_.threads)
     {
       const int64_t thread = omp_get_thread_num();
       float *gate = gates + thread * results, *up = ups + thread * results;
 #pragma omp for schedule(dynamic, 4)
-      for (int64_t i = 0; i < gathered; i++) gather(job_of(jobs_, i, count, &Job::gathered), i);
+      for (int64_t i = 0; i < gathered; i++) gather.copy(job_of(jobs_, i, count, &Job::gathered), i);
       if (call_.gate_up) {
         for (int64_t i; (i = take(shares, call_.threads, thread)) >= 0;)
           gate_and_up(job_of(jobs_, i, count, &Job::grouped), i, gate, up);
@@ -167,13 +169,21 @@ class Forward {
     return status_;
   }
 
+  // Blocks are cut as in waves, whatever the threads, since their sums' order depends on their size.
+  bool takes_own(int64_t tokens) const {
+    if (!direct_ || call_.gate_up || !call_.down->count) return false;
+    const int64_t blocks = parts_of(tokens, part_of(tokens, JOB_TOKENS));
+    const bool even = mode_of(JOB_TOKENS) != BLOCKS || blocks % call_.threads == 0;
+    return even && tokens >= OWN_TOKENS * call_.threads;
+  }
+
   // Each thread takes some tokens and the whole matrix, so that what it copies stays in its own
   // caches. Rows, which take longest to expand, serve twice as many tokens.
   Status by_tokens(int64_t tokens) {
     static thread_local Scratch scratch;
     const Mode mode = mode_of(JOB_TOKENS);
     const int64_t most = mode == PAIRS ? 2 * JOB_TOKENS : JOB_TOKENS;
-    const int64_t each = part_of(tokens, most, call_.threads);
+    const int64_t each = part_of(tokens, most, mode == BLOCKS ? 1 : call_.threads);
     const Job whole = {0, 0, each, mode, 0, nullptr, nullptr, 0, 0};
     // Sums that are not taken up again had better leave the caches soon.
     const bool once = with_amx(mode) && width_ <= PANEL_CHUNKS * CHUNK;
@@ -191,7 +201,8 @@ class Forward {
       if (size) return NO_MEMORY;
       size = pieces.used();
     }
-    share_out(shares, call_.threads, (tokens + each - 1) / each);
+    share_out(shares, call_.threads, parts_of(tokens, each));
+    const Gather gather(call_, order_, width_);
     status_ = OK;
 #pragma omp parallel num_threads(call_.threads)
     {
@@ -202,85 +213,12 @@ class Forward {
         job.first = i * each;
         job.count = least(tokens - job.first, each);
         job.block = part_of(job.count, k_.block);
-        for (int64_t g = 0; g < gather_items(job, width_); g++) gather(job, g);
+        for (int64_t g = 0; g < gather_items(job, width_); g++) gather.copy(job, g);
         for (int64_t row = 0; row < rows; row += group)
           results_of(job, row, least(rows - row, group), outputs + thread * output);
       }
     }
     return status_;
-  }
-
-  const void *token(int64_t place) const {
-    const int64_t row = order_[place] / active_ * call_.x.width;
-    return call_.x.bf16 ? (const void *)((const uint16_t *)call_.x.data + row)
-                        : (const void *)((const float *)call_.x.data + row);
-  }
-
-  void gather(const Job &job, int64_t item) {
-    item -= job.gathered;
-    const int64_t width = call_.x.width, spare = width_ - width;
-    if (job.mode == BLOCKS) {
-      gather_block(job, item);
-    } else if (job.mode == DOTS) {
-      uint16_t *to = (uint16_t *)job.x + item * width_;
-      const bool real = item < job.count;
-      if (real) memcpy(to, token(job.first + item), width * 2);
-      memset(to + (real ? width : 0), 0, (real ? spare : width_) * 2);
-    } else if (job.mode == PANELS) {
-      gather_panel(job, item);
-    } else if (job.mode == PAIRS) {
-      gather_pairs(job, item);
-    } else {
-      float *to = job.x + item * width_;
-      const void *from = token(job.first + item);
-      if (call_.x.bf16)
-        k_.widen((const uint16_t *)from, to, width);
-      else
-        memcpy(to, from, width * 4);
-      memset(to + width, 0, spare * 4);
-    }
-  }
-
-  void gather_block(const Job &job, int64_t item) {
-    const int64_t pieces = up_to(width_, GATHER_COLUMNS) / GATHER_COLUMNS;
-    const int64_t first = item / pieces * job.block, column = item % pieces * GATHER_COLUMNS;
-    const int64_t count = least(job.count - first, job.block), wide = up_to(count, k_.width);
-    const void *rows[MOST_BLOCK];
-    for (int64_t t = 0; t < count; t++) rows[t] = token(job.first + first + t);
-    const int64_t real = least(call_.x.width - column, GATHER_COLUMNS);
-    float *block = job.x + first * width_ + column * wide;
-    if (real > 0) k_.transpose(rows, count, call_.x.bf16, wide, column, real, block);
-    const int64_t here = least(width_ - column, GATHER_COLUMNS), done = real > 0 ? real : 0;
-    memset(block + done * wide, 0, (here - done) * wide * 4);
-  }
-
-  void gather_panel(const Job &job, int64_t item) {
-    const uint16_t *from = item < job.count ? (const uint16_t *)token(job.first + item) : nullptr;
-    for (int64_t column = 0; column < width_; column += CHUNK) {
-      uint16_t *to = in_panel(job.x, up_to(job.count, PANEL) / PANEL, width_, item, column);
-      if (from && column + CHUNK <= call_.x.width) {
-        memcpy(to, from + column, CHUNK * 2);
-        continue;
-      }
-      const int64_t left = from ? call_.x.width - column : 0;
-      const int64_t real = left < 0 ? 0 : least(left, CHUNK);
-      if (real) memcpy(to, from + column, real * 2);
-      memset(to + real, 0, (CHUNK - real) * 2);
-    }
-  }
-
-  void gather_pairs(const Job &job, int64_t item) {
-    const int64_t pieces = up_to(width_, GATHER_COLUMNS) / GATHER_COLUMNS;
-    const int64_t panel = item / pieces, first = item % pieces * GATHER_COLUMNS;
-    const int64_t before = panel * PANEL, some = least(job.count - before, PANEL);
-    const uint16_t *rows[PANEL] = {};
-    for (int64_t t = 0; t < some; t++) rows[t] = (const uint16_t *)token(job.first + before + t);
-    const int64_t end = least(width_, first + GATHER_COLUMNS);
-    for (int64_t column = first; column < end; column += CHUNK) {
-      const int64_t left = call_.x.width - column, real = left < 0 ? 0 : least(left, CHUNK);
-      k_.pair_up(rows, column, real,
-                 in_pairs(job.x, up_to(job.count, PANEL) / PANEL, width_, panel, column));
-    }
   }
 
   bool multiply(const Matrix &m, int64_t which, int64_t row, int64_t rows, const Job &job,

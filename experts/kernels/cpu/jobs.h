@@ -34,12 +34,14 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 // every vector's width.
 static constexpr int64_t TURNED = 16;
 
-// Tokens of each part, so that all are about as large, no larger than `most` and a multiple of
-// `threads` in number.
+// Tokens of each part, so that all are about as large and no larger than `most`, and where their
+// size allows it a multiple of `threads` in number.
 static inline int64_t part_of(int64_t tokens, int64_t most, int64_t threads = 1) {
   const int64_t parts = up_to(tokens, most * threads) / most;
   return parts ? up_to((tokens + parts - 1) / parts, TURNED) : TURNED;
 }
+
+static inline int64_t parts_of(int64_t tokens, int64_t each) { return (tokens + each - 1) / each; }
 
 static inline bool with_amx(Mode mode) { return mode == PANELS || mode == PAIRS; }
 

@@ -91,7 +91,7 @@ __attribute__((noinline)) static void expand_rows(const Row *rows, int64_t *at, 
       int64_t place = at[first + i];
       const __m512i decode = decoder<kind>(row, column);
       const uint8_t *next = place_of<kind>(row.values, place) + ahead;
-      for (int64_t b = 0; b < BYTES; b += 64) fetch(next + b);
+      for (int64_t b = 0; ahead && b < BYTES; b += 64) fetch(next + b);
 #pragma GCC unroll 4
       for (int64_t c = 0; c < TOGETHER_CHUNKS; c++)
         pairs[i][c] = row_pairs<kind>(row, place, column + c * CHUNK, decode);
@@ -128,7 +128,7 @@ static inline void fetch_row(const Row &row, int64_t at, int64_t column, int64_t
 }
 
 // Up to 48 rows from some chunk on; `at` is each one's first value in a chunk, and then the first
-// one behind it. The next strip's rows are fetched at every step, or what lies `ahead`.
+// one behind it. Strips fetch the next one's rows at every step, narrow products what lies `ahead`.
 template <Kind kind>
 struct Strips {
   static constexpr int64_t GROUP = TOGETHER_CHUNKS, LAG = TOGETHER_CHUNKS;
@@ -175,7 +175,7 @@ static void pairs_by_rows(const Row *found, int64_t *at, int64_t columns, int64_
     }
     return;
   }
-  for (int64_t chunk = 0; chunk < chunks; chunk += PANEL_CHUNKS) {
+  for (int64_t chunk = 0; !chunk || chunk < chunks; chunk += PANEL_CHUNKS) {
     const int64_t some = shorter(chunks - chunk, PANEL_CHUNKS);
     for (int64_t r = 0; r < rows; r += STRIP_ROWS) {
       const int64_t real = shorter(rows - r, STRIP_ROWS);
@@ -203,6 +203,7 @@ static bool pairs(const Matrix &m, int64_t which, int64_t row, int64_t rows, con
     at[r] = found[r].first;
   }
   const Shapes shapes;
+  MEMORY_IS_USED;
   _tile_loadconfig(&shapes);
   switch (m.kind) {
     case BF16: pairs_by_rows<BF16>(found, at, m.columns, rows, x, width, count, y); break;

@@ -16,7 +16,8 @@
 // A source of weights has GROUP, chunks that are expanded together; LAG, by how many steps a chunk
 // is expanded before it is multiplied, so that both go on at a time; expand<N>(step, dense,
 // width), which does the step's part of N tiles of its group, which begins at `dense` and whose
-// chunks are `width` apart; and fetch_some(), which is called at every step.
+// chunks are `width` apart; and fetch_some(), which is
+// called at every step of a strip.
 
 static constexpr int64_t SQUARE = PANEL * CHUNK, SUMS = PANEL * TILE_ROWS;
 static constexpr int64_t NARROW_PANELS = 6;
@@ -42,13 +43,27 @@ static constexpr Spread spread_of(int first_column) {
 
 alignas(64) static constexpr Spread SPREAD_LOW = spread_of(0), SPREAD_HIGH = spread_of(2);
 
+// The places of two vectors' halves, taken in turns.
+struct Interleaved {
+  uint16_t of[32];
+};
+
+static constexpr Interleaved interleaved() {
+  Interleaved places = {};
+  for (int i = 0; i < 32; i++) places.of[i] = (uint16_t)(i % 2 * 16 + i / 2);
+  return places;
+}
+
+alignas(64) static constexpr Interleaved INTERLEAVED = interleaved();
+
 // A group of a tile as pairs of bf16, codes times their rows' scales.
 template <Kind kind>
 static inline __m512i weight_pair(const uint8_t *group, Vec scale) {
   if constexpr (kind == BF16) return (__m512i)load_int(group);
   Vec v0, v1;
   pair<kind>(group, 0, v0, v1);
-  return bf16_pairs(v0 * scale, v1 * scale);
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)(v1 * scale), (__m512)(v0 * scale));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(INTERLEAVED.of), both);
 }
 
 // One chunk of a tile as AMX wants the second factor: a row for two columns, 16 pairs in it.
@@ -69,6 +84,9 @@ static inline void expand_chunk(const uint8_t *chunk, Vec scale, uint16_t *dense
     _mm512_store_si512(dense + 32, _mm512_shuffle_epi8(values, there));
   }
 }
+
+// What the intrinsics of GCC do not say: registers are loaded from memory and stored there.
+#define MEMORY_IS_USED __asm__ volatile("" ::: "memory")
 
 // Sums in register `to` take the product of tokens in register 6 and rows in register 7, which
 // come first where ROWS_FIRST.
@@ -129,6 +147,7 @@ static inline void start_sums(const float *y, int64_t y_step, bool first) {
 template <int N, int P>
 static inline void keep_sums(float *y, int64_t y_step) {
   MOVE_SUMS(KEEP);
+  MEMORY_IS_USED;
 }
 
 #undef MOVE_SUMS
@@ -142,6 +161,7 @@ static inline void expand_step(const Source &source, int64_t step, uint16_t *den
                                int64_t width) {
   const int64_t group = step - step % Source::GROUP;
   source.template expand<N>(step, dense + group % room * width, width);
+  MEMORY_IS_USED;
 }
 
 // P panels with so many chunks of N tiles, which are expanded if they are not yet. Sums of a panel
@@ -204,6 +224,7 @@ static inline void keep_narrow(float *y, int64_t y_step) {
   if constexpr (P > 3) _tile_stored(3, y + 3 * y_step, 64);
   if constexpr (P > 4) _tile_stored(4, y + 4 * y_step, 64);
   if constexpr (P > 5) _tile_stored(5, y + 5 * y_step, 64);
+  MEMORY_IS_USED;
 }
 
 // P panels, all there are, with all chunks of 16 rows.
@@ -251,7 +272,8 @@ struct alignas(64) Shapes {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Up to three tiles, one after the other, from some chunk on.
+// Up to three tiles, one after the other, from some chunk on. What lies `ahead` is fetched where
+// tiles are read from start to end; what strips read the CPU itself sees coming.
 template <Kind kind>
 struct Tiles {
   static constexpr int64_t GROUP = 1, LAG = 2;
@@ -286,7 +308,7 @@ static void panel_tiles(const uint8_t *tile, const Matrix &m, int64_t rows, cons
     }
     return;
   }
-  for (int64_t chunk = 0; chunk < chunks; chunk += PANEL_CHUNKS) {
+  for (int64_t chunk = 0; !chunk || chunk < chunks; chunk += PANEL_CHUNKS) {
     const int64_t some = shorter(chunks - chunk, PANEL_CHUNKS);
     for (int64_t r = 0; r < rows; r += STRIP_ROWS) {
       Tiles<kind> tiles = {tile + r / TILE_ROWS * size, size, chunk, some, 0};
@@ -300,6 +322,7 @@ static bool panels(const Matrix &m, int64_t which, int64_t row, int64_t rows, co
                    int64_t width, int64_t count, float *y) {
   const Shapes shapes;
   const uint8_t *tile = tile_of(m, which, row);
+  MEMORY_IS_USED;
   _tile_loadconfig(&shapes);
   switch (m.kind) {
     case BF16: panel_tiles<BF16>(tile, m, rows, x, width, count, y); break;

@@ -132,14 +132,6 @@ static inline float sum_piece(Vec v) {
 }
 
 #if defined(MOIETY_BF16_PAIRS)
-// Pairs of bf16, the first vector's in the low halves; halfway between two the larger one is taken.
-static inline __m512i bf16_pairs(Vec low, Vec high) {
-  const __m512i half = _mm512_set1_epi32(0x8000);
-  const __m512i first = _mm512_srli_epi32(_mm512_add_epi32((__m512i)low, half), 16);
-  const __m512i second = _mm512_add_epi32((__m512i)high, half);
-  return _mm512_or_si512(first, _mm512_and_si512(second, _mm512_set1_epi32((int)0xffff0000)));
-}
-
 // The kept values of 16 rows of one group as pairs of bf16; codes up to 127 are exact in bf16.
 template <Kind kind>
 static inline __m512i bf16_pair(const uint8_t *group) {

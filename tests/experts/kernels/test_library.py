@@ -103,7 +103,7 @@ def test_every_isa_multiplies_as_the_reference_does(
             output = compiled.forward(input, weights, isa=isa)
             assert output.dtype == dtype
             if isa == Isa.AMX and kind in INTEGERS and dtype == torch.bfloat16 and tokens > few:
-                dense = packs.rounded(exact, layout)
+                dense = exact.bfloat16().double()  # AMX rounds codes times their scale
             wide = input.double()
             assert_near(output, wide @ dense.T, wide.abs() @ dense.abs().T)
 
@@ -202,6 +202,39 @@ def test_any_number_of_threads_gives_the_same_bits(
             for others in outputs[1:]:
                 pairs = zip(outputs[0], others, strict=True)
                 assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", ["rows", "tiles"])
+def test_a_matrix_without_columns_gives_zeros(compiled: Library, isa: Isa, layout: str) -> None:
+    values, mask = torch.empty(1, 70, 0).bfloat16(), torch.empty(1, 70, 0, dtype=torch.uint8)
+    weights = in_layout(kernels.packed(values, mask, 0), layout)
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens in (1, 23, 115, 330):
+            output = compiled.forward(torch.empty(tokens, 0, dtype=dtype), weights, isa=isa)
+            assert torch.equal(output, torch.zeros(tokens, 70, dtype=dtype))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("pattern", "layout"), LAYOUTS)
+def test_many_tokens_do_not_depend_on_threads(
+    packs: Any,
+    compiled: Library,
+    threads: Callable[[int], None],
+    isa: Isa,
+    pattern: str,
+    layout: str,
+) -> None:
+    """Some of these are cut by tokens with few threads and by rows with more."""
+    for dtype, kind in ((torch.float32, "fp32"), (torch.bfloat16, "int4")):
+        weights = in_layout(stack(packs, 1, 70, 1100, pattern, kind)[1], layout)
+        for tokens in (170, 330, 520, 650):
+            input = torch.randn(tokens, 1100).to(dtype)
+            outputs = []
+            for count in (1, 2, 3, 4):
+                threads(count)
+                outputs.append(compiled.forward(input, weights, isa=isa))
+            assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
 def _first(field: Any) -> Any:

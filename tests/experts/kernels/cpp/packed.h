@@ -151,7 +151,8 @@ static Packed pack(int32_t kind, int64_t count, int64_t rows, int64_t columns, i
   const int64_t each = kept < 0 ? value_bytes(kind, all) : rows * row_bytes;
   Packed p = {kind, count, rows, columns, kept, 0, Bytes(count * each),
               Bytes(count * rows * bytes), {}, {}, {}};
-  p.total = kind == INT4 ? 2 * each : each * all / value_bytes(kind, all);
+  if (kind == INT4) p.total = 2 * each;
+  else if (all) p.total = each * all / value_bytes(kind, all);
   p.dense.assign(count * size, 0.0);
   if (integer) p.scale.resize(count * rows * groups);
   for (uint16_t &one : p.scale) one = to_bf16(0.01f + 0.05f * fabsf(random.signed_unit()));
