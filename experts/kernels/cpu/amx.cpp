@@ -10,7 +10,6 @@
 MOIETY_TARGET("avx2,fma,f16c,popcnt,bmi,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vbmi2,amx-tile,amx-bf16")
 namespace amx {
 
-#define MOIETY_BF16_PAIRS
 #include "wide.h"
 
 #define MOIETY_EXPAND

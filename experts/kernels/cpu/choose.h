@@ -12,6 +12,14 @@
     default: { constexpr Kind K = INT4; __VA_ARGS__; }          \
   }
 
+// The same for a kind that is multiplied as bf16.
+#define FOR_BF16_KIND(kind, ...)                                \
+  switch (kind) {                                               \
+    case BF16: { constexpr Kind K = BF16; __VA_ARGS__; break; } \
+    case INT8: { constexpr Kind K = INT8; __VA_ARGS__; break; } \
+    default: { constexpr Kind K = INT4; __VA_ARGS__; }          \
+  }
+
 // Runs a statement with the number N, from 1 to 8.
 #define FOR_NUMBER(number, ...)                         \
   switch (number) {                                     \

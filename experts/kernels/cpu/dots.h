@@ -1,6 +1,15 @@
 // bf16 tokens against a tiled matrix with bf16 products: 16 rows in the lanes, both kept values of
 // a row and group in one dword.
 
+// The kept values of 16 rows of one group as pairs of bf16; codes up to 127 are exact in bf16.
+template <Kind kind>
+static inline __m512i bf16_pair(const uint8_t *group) {
+  if constexpr (kind == BF16) return (__m512i)load_int(group);
+  Vec v0, v1;
+  pair<kind>(group, 0, v0, v1);
+  return _mm512_or_si512(_mm512_srli_epi32((__m512i)v0, 16), (__m512i)v1);
+}
+
 // M tokens with one tile; 16 results a token.
 template <Kind kind, int M>
 static void tile_dots(const uint8_t *tile, int64_t chunks, const uint16_t *x, int64_t x_step,
@@ -68,10 +77,6 @@ static void dots(const Matrix &m, int64_t which, int64_t row, int64_t rows, cons
                  int64_t x_step, int64_t count, float *y, int64_t y_step) {
   for (int64_t r = 0; r < rows; r += TILE_ROWS) {
     const uint8_t *tile = tile_of(m, which, row + r);
-    switch (m.kind) {
-      case BF16: tile_all<BF16>(tile, chunks_of(m.columns), x, x_step, count, y + r, y_step); break;
-      case INT8: tile_all<INT8>(tile, chunks_of(m.columns), x, x_step, count, y + r, y_step); break;
-      default: tile_all<INT4>(tile, chunks_of(m.columns), x, x_step, count, y + r, y_step);
-    }
+    FOR_BF16_KIND(m.kind, tile_all<K>(tile, chunks_of(m.columns), x, x_step, count, y + r, y_step));
   }
 }

@@ -28,16 +28,12 @@ class Forward {
   Status run() {
     static thread_local Scratch lists, sums;
     const int64_t pairs = call_.x.count * active_, experts = call_.down->count;
-    Pieces sizes(nullptr);
-    for (char *block = nullptr;; block = lists.take(sizes.used())) {
-      Pieces pieces(block);
+    const bool there = lay_out(lists, [&](Pieces &pieces) {
       order_ = pieces.take<int64_t>(pairs);
       ends_ = pieces.take<int64_t>(experts + 1);
       jobs_ = pieces.take<Job>(WAVE_TOKENS);
-      if (block) break;
-      if (sizes.used()) return NO_MEMORY;
-      sizes = pieces;
-    }
+    });
+    if (!there) return NO_MEMORY;
     sort(pairs, experts);
     if (!direct_ && !start_sums(sums)) return NO_MEMORY;
     if (takes_own(pairs)) return by_tokens(pairs);
@@ -123,9 +119,7 @@ class Forward {
     const int64_t results = MOST_ROWS * (JOB_TOKENS + DOTS_PAD);
     float *gates = nullptr, *ups = nullptr;
     Share *shares = nullptr;
-    size_t size = 0;
-    for (char *block = nullptr;; block = scratch.take(size)) {
-      Pieces pieces(block);
+    const bool there = lay_out(scratch, [&](Pieces &pieces) {
       for (int64_t j = 0; j < count; j++) {
         jobs_[j].x = pieces.take<float>(room(jobs_[j], k_, width_));
         jobs_[j].inner = pieces.take<float>(room(jobs_[j], k_, inner_width_));
@@ -133,10 +127,8 @@ class Forward {
       gates = pieces.take<float>(call_.threads * results);
       ups = pieces.take<float>(call_.threads * results);
       shares = pieces.take<Share>(2 * call_.threads);
-      if (block) break;
-      if (size) return NO_MEMORY;
-      size = pieces.used();
-    }
+    });
+    if (!there) return NO_MEMORY;
     int64_t last = 0, gathered = 0, grouped = 0;
     for (int64_t j = 0; j < count; j++) {
       jobs_[j].gathered = gathered;
@@ -191,16 +183,12 @@ class Forward {
     const int64_t input = up_to(room(whole, k_, width_), 16), output = group * (each + DOTS_PAD);
     float *inputs = nullptr, *outputs = nullptr;
     Share *shares = nullptr;
-    size_t size = 0;
-    for (char *block = nullptr;; block = scratch.take(size)) {
-      Pieces pieces(block);
+    const bool there = lay_out(scratch, [&](Pieces &pieces) {
       inputs = pieces.take<float>(call_.threads * input);
       outputs = pieces.take<float>(call_.threads * output);
       shares = pieces.take<Share>(call_.threads);
-      if (block) break;
-      if (size) return NO_MEMORY;
-      size = pieces.used();
-    }
+    });
+    if (!there) return NO_MEMORY;
     share_out(shares, call_.threads, parts_of(tokens, each));
     const Gather gather(call_, order_, width_);
     status_ = OK;

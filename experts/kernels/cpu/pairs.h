@@ -171,7 +171,7 @@ static void pairs_by_rows(const Row *found, int64_t *at, int64_t columns, int64_
       const int64_t ahead = more ? bytes_of<kind>(found[r], found[r + real - 1]) : 0;
       Strips<kind> strips = {found + r, at + r, real, columns, 0, chunks, ahead,
                              {all_inside(found + r, real)}, nullptr, nullptr, 0, 0, 0, 0, 0, 0};
-      FOR_PANELS(panels, multiply_narrow<N, true>(strips, chunks, x, width, y + r * PANEL, y_step));
+      FOR_NUMBER(panels, multiply_narrow<N, true>(strips, chunks, x, width, y + r * PANEL, y_step));
     }
     return;
   }
@@ -205,11 +205,7 @@ static bool pairs(const Matrix &m, int64_t which, int64_t row, int64_t rows, con
   const Shapes shapes;
   MEMORY_IS_USED;
   _tile_loadconfig(&shapes);
-  switch (m.kind) {
-    case BF16: pairs_by_rows<BF16>(found, at, m.columns, rows, x, width, count, y); break;
-    case INT8: pairs_by_rows<INT8>(found, at, m.columns, rows, x, width, count, y); break;
-    default: pairs_by_rows<INT4>(found, at, m.columns, rows, x, width, count, y);
-  }
+  FOR_BF16_KIND(m.kind, pairs_by_rows<K>(found, at, m.columns, rows, x, width, count, y));
   _tile_release();
   return true;
 }

@@ -16,8 +16,7 @@
 // A source of weights has GROUP, chunks that are expanded together; LAG, by how many steps a chunk
 // is expanded before it is multiplied, so that both go on at a time; expand<N>(step, dense,
 // width), which does the step's part of N tiles of its group, which begins at `dense` and whose
-// chunks are `width` apart; and fetch_some(), which is
-// called at every step of a strip.
+// chunks are `width` apart; and fetch_some(), which is called at every step of a strip.
 
 static constexpr int64_t SQUARE = PANEL * CHUNK, SUMS = PANEL * TILE_ROWS;
 static constexpr int64_t NARROW_PANELS = 6;
@@ -95,10 +94,10 @@ static inline void expand_chunk(const uint8_t *chunk, Vec scale, uint16_t *dense
   else _tile_dpbf16ps(to, 6, 7)
 
 // Adds the products of a chunk of P panels, `step` apart, and N tiles: those of tile n and panel p
-// to register 3 p + n. Six sums and two factors are all the registers there are; each factor is
-// loaded anew where it is needed again, which the L1 cache bears.
+// to register 3 p + n. Each factor is loaded anew where it is needed again, which the L1 cache
+// bears.
 template <int N, int P, bool ROWS_FIRST>
-static inline void add_products(const uint16_t *x, int64_t step, const uint16_t *dense) {
+static inline void add_strip(const uint16_t *x, int64_t step, const uint16_t *dense) {
   _tile_loadd(6, x, 64);
   _tile_loadd(7, dense, 64);
   ADD_PRODUCT(0);
@@ -175,7 +174,7 @@ static inline void panels_by_strip(Source &source, int64_t chunks, bool first, u
     source.fetch_some();
     if (!EXPANDED) expand_step<N>(source, c, dense, PANEL_CHUNKS, width);
     if (c >= lag)
-      add_products<N, P, ROWS_FIRST>(x + (c - lag) * SQUARE, x_step, dense + (c - lag) * width);
+      add_strip<N, P, ROWS_FIRST>(x + (c - lag) * SQUARE, x_step, dense + (c - lag) * width);
   }
   keep_sums<N, P>(y, y_step);
 }
@@ -227,10 +226,11 @@ static inline void keep_narrow(float *y, int64_t y_step) {
   MEMORY_IS_USED;
 }
 
-// P panels, all there are, with all chunks of 16 rows.
-template <int P, bool ROWS_FIRST, class Source>
+// MOST panels, or as many as may be, with all chunks of 16 rows.
+template <int MOST, bool ROWS_FIRST, class Source>
 static void multiply_narrow(Source &source, int64_t chunks, const uint16_t *x, int64_t width,
                             float *y, int64_t y_step) {
+  constexpr int P = MOST < NARROW_PANELS ? MOST : NARROW_PANELS;
   constexpr int64_t RING = 2 * Source::LAG;
   alignas(64) uint16_t dense[RING * SQUARE];
   start_sums<3, 2>(y, y_step, true);
@@ -247,17 +247,6 @@ static void multiply_narrow(Source &source, int64_t chunks, const uint16_t *x, i
 }
 
 #undef ADD_PRODUCT
-
-// Runs a statement with the number N, from 1 to 6.
-#define FOR_PANELS(number, ...)                         \
-  switch (number) {                                    \
-    case 1: { constexpr int N = 1; __VA_ARGS__; break; } \
-    case 2: { constexpr int N = 2; __VA_ARGS__; break; } \
-    case 3: { constexpr int N = 3; __VA_ARGS__; break; } \
-    case 4: { constexpr int N = 4; __VA_ARGS__; break; } \
-    case 5: { constexpr int N = 5; __VA_ARGS__; break; } \
-    default: { constexpr int N = 6; __VA_ARGS__; }       \
-  }
 
 // Runs a statement with the number N of tiles of a strip that so many rows begin with.
 #define FOR_STRIP(rows, ...)                                      \
@@ -304,7 +293,7 @@ static void panel_tiles(const uint8_t *tile, const Matrix &m, int64_t rows, cons
   if (panels <= NARROW_PANELS) {
     for (int64_t r = 0; r < rows; r += TILE_ROWS) {
       Tiles<kind> tiles = {tile + r / TILE_ROWS * size, size, 0, chunks, AHEAD};
-      FOR_PANELS(panels, multiply_narrow<N, false>(tiles, chunks, x, width, y + r * PANEL, y_step));
+      FOR_NUMBER(panels, multiply_narrow<N, false>(tiles, chunks, x, width, y + r * PANEL, y_step));
     }
     return;
   }
@@ -324,11 +313,7 @@ static bool panels(const Matrix &m, int64_t which, int64_t row, int64_t rows, co
   const uint8_t *tile = tile_of(m, which, row);
   MEMORY_IS_USED;
   _tile_loadconfig(&shapes);
-  switch (m.kind) {
-    case BF16: panel_tiles<BF16>(tile, m, rows, x, width, count, y); break;
-    case INT8: panel_tiles<INT8>(tile, m, rows, x, width, count, y); break;
-    default: panel_tiles<INT4>(tile, m, rows, x, width, count, y);
-  }
+  FOR_BF16_KIND(m.kind, panel_tiles<K>(tile, m, rows, x, width, count, y));
   _tile_release();
   return true;
 }

@@ -43,3 +43,16 @@ class Pieces {
   char *block_;
   size_t used_ = 0;
 };
+
+// Has `place` take its pieces from the scratch memory, after once adding them up. False where there
+// is no memory.
+template <class Place>
+static bool lay_out(Scratch &scratch, const Place &place) {
+  Pieces sizes(nullptr);
+  place(sizes);
+  char *block = scratch.take(sizes.used());
+  if (!block) return false;
+  Pieces pieces(block);
+  place(pieces);
+  return true;
+}

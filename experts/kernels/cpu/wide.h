@@ -130,14 +130,3 @@ static inline float sum_piece(Vec v) {
   const Quarter four = quarter[0] + quarter[1];
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
-
-#if defined(MOIETY_BF16_PAIRS)
-// The kept values of 16 rows of one group as pairs of bf16; codes up to 127 are exact in bf16.
-template <Kind kind>
-static inline __m512i bf16_pair(const uint8_t *group) {
-  if constexpr (kind == BF16) return (__m512i)load_int(group);
-  Vec v0, v1;
-  pair<kind>(group, 0, v0, v1);
-  return _mm512_or_si512(_mm512_srli_epi32((__m512i)v0, 16), (__m512i)v1);
-}
-#endif
