@@ -11,6 +11,9 @@ static constexpr int64_t AHEAD = 4608;
 // Into the L2 cache, which can wait for more lines at a time than L1.
 static inline void fetch(const uint8_t *at) { __builtin_prefetch(at, 0, 2); }
 
+// From there into the L1 cache, some steps before it is needed.
+static inline void fetch_near(const uint8_t *at) { __builtin_prefetch(at, 0, 3); }
+
 // Multiplies M tokens, rows of `x` (fp32, padded to whole chunks, `x_step` apart), with R tiles, one
 // `size` bytes behind the other; `y` gets 16 results a tile and token, `y_step` apart.
 template <Kind kind, int M, int R>
@@ -21,6 +24,7 @@ static void tile_lanes(const uint8_t *tile, int64_t size, int64_t chunks, const 
   // As many whatever R is: a tile gives the same sums beside another one as alone.
   constexpr int CHAINS = M * BOTH * TOGETHER <= TWO_CHAINS ? 2 : 1;
   constexpr int64_t GROUP = GROUP_BYTES[kind], BYTES = CONTROL_BYTES + GROUPS * GROUP;
+  constexpr int64_t NEAR = 2 * BYTES;
   // Where a tile ends, what comes next lies behind those beside it.
   const uint8_t *const last = tile + size - AHEAD;
   Vec total[R][M][VECTORS] = {};
@@ -49,6 +53,7 @@ static void tile_lanes(const uint8_t *tile, int64_t size, int64_t chunks, const 
 #pragma GCC unroll 2
           for (int r = 0; r < R; r++) {
             fetch(group + r * size + ahead);
+            fetch_near(group + r * size + NEAR);
 #pragma GCC unroll 4
             for (int v = 0; v < BOTH; v++)
               pair<kind>(group + r * size, first + v, v0[r][v], v1[r][v]);
