@@ -44,6 +44,8 @@ class StreamedModel:
         self.model = skeleton(config)
         self.prefix, self.blocks = decoder_blocks(self.model)
         self._calls: dict[int, list[Call]] = {}
+        for name, _ in self.blocks.named_parameters():
+            self._spelling(f"{self.prefix}.{name}")
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -76,7 +78,8 @@ class StreamedModel:
                 module.get_submodule(owner).register_buffer(attribute, tensor)
         module.to(self.device)
 
-    def _tensor(self, name: str, shape: torch.Size) -> Tensor:
+    def _spelling(self, name: str) -> str:
+        """What the checkpoint calls a weight."""
         base = f"{self.model.base_model_prefix}."
         spellings = (name, name.removeprefix(base), base + name)
         found = next((spelling for spelling in spellings if spelling in self.tensors), None)
@@ -86,7 +89,10 @@ class StreamedModel:
                 "but it is missing; models whose checkpoints transformers converts while loading, "
                 "mixtures of experts among them, cannot be pruned block by block"
             )
-        tensor = self.tensors[found]
+        return found
+
+    def _tensor(self, name: str, shape: torch.Size) -> Tensor:
+        tensor = self.tensors[self._spelling(name)]
         if tensor.shape != shape:
             raise InputError(
                 f"{name}: expected shape {tuple(shape)}, as the configuration says, "

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from moiety.errors import InputError, OutputError
 from moiety.experts import BlockRecovery, Pattern, PruneSettings, prune
@@ -180,6 +180,18 @@ def test_wrong_input_is_refused_before_anything_is_written(world: Any, tmp_path:
     with pytest.raises(OutputError, match="holds files"):
         prune(model, out, text, SETTINGS)
     assert (out / "mine.txt").read_text() == "kept"
+
+
+def test_mixtures_are_refused_before_anything_is_written(world: Any, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world.base)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config: Any = MixtralConfig(**sizes, vocab_size=len(tokenizer), num_attention_heads=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mixture")
+    tokenizer.save_pretrained(tmp_path / "mixture")
+    text = world.texts["letters"]["calibration"]
+    with pytest.raises(InputError, match="mixtures of experts"):
+        prune(tmp_path / "mixture", tmp_path / "out", text, SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["mixture"]
 
 
 @pytest.mark.parametrize(

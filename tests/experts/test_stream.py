@@ -99,9 +99,10 @@ def test_a_missing_or_misshapen_weight_is_named(tmp_path: Path) -> None:
     short = {**tensors, name: tensors[name][:5]}
     del tensors[name]
     for damaged, message in ((tensors, "up_proj.weight.*is missing"), (short, r"\(48, 32\)")):
-        stream = StreamedModel(checkpoint.config, damaged)
-        with pytest.raises(InputError, match=message), stream.block(1):
-            pass
+        with pytest.raises(InputError, match=message):
+            stream = StreamedModel(checkpoint.config, damaged)
+            with stream.block(1):
+                pass
 
 
 def test_mixtures_are_refused_by_reason(tmp_path: Path) -> None:
