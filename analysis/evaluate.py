@@ -232,20 +232,22 @@ def speed(
 
 
 def model_bytes(model: nn.Module) -> dict[str, int]:
-    """Resident weight bytes of a packed composite and of the same one with dense experts.
+    """Weight bytes of a packed composite, as it is stored, and of the same one with dense experts.
 
     `experts_packed` counts kept values, masks and scales; `experts_dense` the same matrices dense
     in the values' own dtype, bf16 where those are integers. In the dense twin whole finetunes
-    take the place of a base with differences.
+    take the place of a base with differences. What the kernels of a device hold may be less
+    (`packed_bytes` of the modules).
     """
     packed = dense = buffers = replaced = 0
     for module in model.modules():
         if isinstance(module, SparseExperts | SparseLinear | RoutedLinear):
-            packed += module.packed_bytes
+            packed += module.stored_bytes
+            buffers += module.stored_bytes - sum(held.nbytes for held in module.packed_tensors)
             for name in module.widths:
                 weights = module.weights(name)
                 integers = weights.kind in INTEGERS
-                size = BF16_BYTES if integers else DTYPES[weights.kind].itemsize
+                size = BF16_BYTES if integers else DTYPES[weights.stored_kind].itemsize
                 dense += weights.stack * weights.rows * weights.columns * size
             if isinstance(module, RoutedLinear) and module.weight is not None:
                 replaced += module.weight.nbytes

@@ -97,9 +97,28 @@ class PackedModule(nn.Module):
     @property
     def packed_bytes(self) -> int:
         """Resident bytes of all packed matrices, room behind each of a stack included."""
+        return sum(_resident_bytes(tensor) for tensor in self.packed_tensors)
+
+    @property
+    def packed_tensors(self) -> list[Tensor]:
+        """What holds the packed matrices now: the stored tensors, or the kernels' own."""
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         own = {*self.packed_names, *(f"{name}{end}" for name in self.widths for end in OWN_ENDS)}
-        return sum(_resident_bytes(tensor) for name, tensor in tensors.items() if name in own)
+        return [tensor for name, tensor in tensors.items() if name in own]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all packed matrices as they are stored, whatever the kernels hold them as."""
+        bytes_of = packing.packed_bytes
+        total = 0
+        for name in self.widths:
+            if name in self._tiled:
+                held = self.weights(name)
+                shape = held.rows, held.columns
+                total += held.stack * bytes_of(self.pattern, held.stored_kind, *shape)
+            else:
+                total += sum(tensor.nbytes for tensor in self.packed(name) if tensor is not None)
+        return total
 
     def weights(self, name: str) -> kernels.Weights:
         """The matrices called `name` as the sparse ops take them."""
@@ -188,9 +207,9 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":
         if self._tiled:
-            name, (*_, kind) = next(iter(self._tiled.items()))
-            device = self.get_buffer(f"{name}_tiles").device
-            probe = torch.empty(0, dtype=packing.DTYPES[kind], device=device)
+            weights = self.weights(next(iter(self._tiled)))
+            dtype = packing.DTYPES[weights.stored_kind]
+            probe = torch.empty(0, dtype=dtype, device=weights.values.device)
             moved = fn(probe)
             if moved.device != probe.device or moved.dtype != probe.dtype:
                 self.untile()

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from moiety.compiled import loaded
 from moiety.errors import InputError
-from moiety.experts.kernels.weights import DTYPES, INTEGERS, KIND_OF, Weights
+from moiety.experts.kernels.weights import BF12, DTYPES, INTEGERS, KIND_OF, Weights
 
 FILE = Path(__file__).with_name("_cpu.so")
-_KIND_CODE = {kind: code for code, kind in enumerate(DTYPES)}
+_KIND_CODE = {kind: code for code, kind in enumerate((*DTYPES, BF12))}
 _ACTIVATION_CODE = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
 _BAD_MASK, _NO_MEMORY = 1, 2
 _ROWS, _TILES, _DENSE = 0, 1, 2
+TILE_ROWS = 16
 
 
 class Isa(IntEnum):
@@ -60,17 +61,22 @@ class _Routes(ctypes.Structure):
     _fields_ = (("experts", c_void_p), ("weights", c_void_p), ("active", c_int64))
 
 
+KERNEL_DTYPES = (torch.bfloat16, torch.float32)
+
+
 class Library:
     """The loaded library. Raises OSError when it cannot be loaded."""
 
     def __init__(self, path: Path = FILE) -> None:
         self._functions = ctypes.CDLL(str(path))
-        forward = self._functions.moiety_forward
-        forward.argtypes = [c_int32, c_int32, *[c_void_p] * 2, c_int32, *[c_void_p] * 4]
+        self._forward = self._functions.moiety_forward
+        self._forward.argtypes = [c_int32, c_int32, *[c_void_p] * 2, c_int32, *[c_void_p] * 4]
         self._functions.moiety_tile_bytes.restype = c_int64
         self._functions.moiety_tile_bytes.argtypes = [c_int32, c_int64, c_int64]
         matrix = POINTER(_Matrix)
-        self._functions.moiety_tile.argtypes = [matrix, c_int32, c_void_p]
+        self._functions.moiety_tile.argtypes = [matrix, c_int32, c_void_p, c_int64, c_void_p]
+        self._functions.moiety_bf12_bytes.restype = c_int64
+        self._functions.moiety_bf12_bytes.argtypes = [matrix, c_int32, c_void_p]
         self._functions.moiety_untile.argtypes = [matrix, c_int32, *[c_void_p] * 3]
         self._functions.moiety_starts.argtypes = [matrix, c_int32, c_void_p]
         self._functions.moiety_dense.argtypes = [
@@ -86,20 +92,28 @@ class Library:
 
     def tile(self, weights: Weights) -> Weights:
         """Tiles of 2:4 matrices in the rows layout; ValueError where a mask is not 2:4."""
-        size = self._functions.moiety_tile_bytes(
-            _KIND_CODE[weights.kind], weights.rows, weights.columns
-        )
-        tiles = torch.empty(weights.stack, size, dtype=torch.uint8)
         matrix, _kept = self._matrix(weights)
-        status = self._functions.moiety_tile(byref(matrix), _threads(), tiles.data_ptr())
-        _check(status)
-        return Weights(tiles, None, None, None, weights.rows, weights.columns, weights.kind)
+        kind, size, apart = weights.kind, 0, None
+        if kind == "bf16":
+            apart = torch.empty(weights.stack, -(-weights.rows // TILE_ROWS), dtype=torch.int64)
+            arguments = (byref(matrix), _threads(), apart.data_ptr())
+            size = self._functions.moiety_bf12_bytes(*arguments)
+        if size:
+            kind = BF12
+        else:
+            code, apart = _KIND_CODE[kind], None
+            size = self._functions.moiety_tile_bytes(code, weights.rows, weights.columns)
+        tiles = torch.empty(weights.stack, size, dtype=torch.uint8)
+        arguments = (byref(matrix), _threads(), _pointer(apart), size, tiles.data_ptr())
+        _check(self._functions.moiety_tile(*arguments))
+        return Weights(tiles, None, None, None, weights.rows, weights.columns, kind)
 
     def untile(self, weights: Weights) -> Weights:
         """The rows layout again, exactly as it was."""
         stack, kept = (weights.stack, weights.rows), weights.columns // 2
-        kept = -(-kept // 2) if weights.kind == "int4" else kept
-        values = torch.empty(*stack, kept, dtype=DTYPES[weights.kind])
+        kind = weights.stored_kind
+        kept = -(-kept // 2) if kind == "int4" else kept
+        values = torch.empty(*stack, kept, dtype=DTYPES[kind])
         mask = torch.empty(*stack, -(-weights.columns // 8), dtype=torch.uint8)
         scale = None
         if weights.kind in INTEGERS:
@@ -107,7 +121,7 @@ class Library:
         matrix, _kept = self._matrix(weights)
         pointers = (_pointer(tensor) for tensor in (values, mask, scale))
         _check(self._functions.moiety_untile(byref(matrix), _threads(), *pointers))
-        return Weights(values, mask, scale, None, weights.rows, weights.columns, weights.kind)
+        return Weights(values, mask, scale, None, weights.rows, weights.columns, kind)
 
     def starts(self, weights: Weights) -> Tensor:
         """Where each row of flat values begins, and the end (E, O + 1)."""
@@ -160,6 +174,17 @@ class Library:
             threads=threads,
         )
 
+    def linear(self, input_TI: Tensor, tiles: Weights) -> Tensor:
+        """`x Wᵀ` (T, O) for one tiled matrix, in the input's dtype; the shortest way to it.
+
+        Tokens are contiguous and of `KERNEL_DTYPES`.
+        """
+        _, _, _, _, rows, columns, kind = tiles
+        values = tiles.values
+        stack, each = values.shape
+        matrix = _as_given(values.data_ptr(), each, stack, rows, columns, kind, _TILES)
+        return self._run(input_TI, matrix)
+
     def dense_linear(
         self,
         input_TI: Tensor,
@@ -194,16 +219,17 @@ class Library:
         activation: int = 0,
         routes: Any = None,
         base: int | None = None,
-        isa: Isa | None,
-        threads: int | None,
+        isa: Isa | None = None,
+        threads: int | None = None,
     ) -> Tensor:
-        isa = self.best if isa is None else isa
-        if isa not in self.supported:
+        if isa is None:
+            isa = self.best
+        elif isa not in self.supported:
             raise InputError(f"expected a CPU with {isa.name}, but it has {self.best.name} at best")
-        output_TO = torch.empty(len(input_TI), matrix.rows, dtype=input_TI.dtype)
-        bf16 = input_TI.dtype == torch.bfloat16
-        tokens = _Tokens(input_TI.data_ptr(), len(input_TI), input_TI.shape[1], bf16)
-        status = self._functions.moiety_forward(
+        count, width = input_TI.shape
+        output_TO = input_TI.new_empty(count, matrix.rows)
+        tokens = _Tokens(input_TI.data_ptr(), count, width, input_TI.dtype == _BF16)
+        status = self._forward(
             isa,
             threads or _threads(),
             gate_up,
@@ -214,16 +240,18 @@ class Library:
             base,
             output_TO.data_ptr(),
         )
-        _check(status)
+        if status:
+            _check(status)
         return output_TO
 
     def _matrix(self, weights: Weights) -> tuple[_Matrix, Tensor | None]:
         """The C structure, and what must stay alive as long as it."""
         values, mask, scale = weights.values, weights.mask, weights.scale
-        each = values.numel() // max(1, len(values))
         if mask is None:
-            shape = (weights.stack, weights.rows, weights.columns)
+            stack, each = values.shape
+            shape = (stack, weights.rows, weights.columns)
             return _as_given(values.data_ptr(), each, *shape, weights.kind, _TILES), None
+        each = values.numel() // max(1, len(values))
         matrix = _Matrix(
             values=values.data_ptr(),
             mask=mask.data_ptr(),
@@ -282,8 +310,8 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _threads() -> int:
-    return torch.get_num_threads()
+# At hand, because torch's namespace is large and a call between others finds it out of the caches.
+_threads, _BF16 = torch.get_num_threads, torch.bfloat16
 
 
 def _check(status: int) -> None:

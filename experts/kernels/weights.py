@@ -19,6 +19,8 @@ DTYPES = {
 }
 INTEGERS = ("int8", "int4")
 KIND_OF = {dtype: kind for kind, dtype in DTYPES.items()}
+# bf16 without loss in twelve bits, in the CPU kernels' tiles only.
+BF12 = "bf12"
 
 
 class Weights(NamedTuple):
@@ -52,9 +54,14 @@ class Weights(NamedTuple):
         return "planes" if self.mask.dtype == torch.int32 else "rows"
 
     @property
+    def stored_kind(self) -> str:
+        """The kind of the values where they are stored: tiles may hold bf16 as `bf12`."""
+        return "bf16" if self.kind == BF12 else self.kind
+
+    @property
     def is_tiled(self) -> bool:
         """Whether these are the CPU kernels' tiles."""
-        return self.layout == "tiled"
+        return self.mask is None
 
     @property
     def is_planes(self) -> bool:

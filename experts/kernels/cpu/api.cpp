@@ -9,6 +9,7 @@
 
 #include "convert.h"
 #include "driver.h"
+#include "shorten.h"
 
 #define MOIETY_API extern "C" __attribute__((visibility("default")))
 
@@ -89,8 +90,14 @@ MOIETY_API int64_t moiety_tile_bytes(int32_t kind, int64_t rows, int64_t columns
   return tile_bytes(kind, rows, columns);
 }
 
-MOIETY_API int32_t moiety_tile(const Matrix *from, int32_t threads, uint8_t *tiles) {
-  return tile(*from, threads, tiles);
+MOIETY_API int64_t moiety_bf12_bytes(const Matrix *from, int32_t threads, int64_t *apart) {
+  return bf12_bytes(*from, threads, apart);
+}
+
+// `apart` may be null.
+MOIETY_API int32_t moiety_tile(const Matrix *from, int32_t threads, const int64_t *apart,
+                               int64_t step, uint8_t *tiles) {
+  return tile(*from, threads, apart, step, tiles);
 }
 
 MOIETY_API int32_t moiety_untile(const Matrix *from, int32_t threads, uint8_t *values,

@@ -10,9 +10,13 @@
 MOIETY_TARGET("avx2,fma,f16c,popcnt,bmi")
 namespace avx2 {
 
+#include "scalar.h"
+#include "tiles.h"
+
 static constexpr int64_t WIDTH = 8;
 static constexpr int LIVE = 8, TWO_CHAINS = 4, FEW_SUMS = 8;
 static constexpr int TOGETHER = 1;
+static constexpr bool ONE_BY_ONE = true;
 typedef float Vec __attribute__((vector_size(32)));
 typedef int Int __attribute__((vector_size(32)));
 
@@ -36,11 +40,28 @@ static inline Vec load_half(const uint8_t *at) {
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
 }
 
+// 8 rows of a group of BF12 as pairs of bf16.
+static inline Int bf12_pairs(const Chunk &chunk, int group, int half) {
+  typedef uint16_t Words __attribute__((vector_size(32)));
+  const __m256i exponents = _mm256_broadcastsi128_si256(
+      _mm_loadu_si128((const __m128i *)exponent_bytes_of(chunk, group)));
+  // Those of two groups, one in either half of a word.
+  const Words all = (Words)load_int(quartet_of(chunk, group) + 32 * half);
+  const __m256i numbers = (__m256i)(all >> 4 * (group % 2) & 0x0f0f);
+  const Words found = (Words)_mm256_shuffle_epi8(exponents, numbers);
+  const Words in_place = group % QUARTET < 2 ? found << 7 : found >> 1;
+  __m256i rest = (__m256i)load_int(rest_of(chunk, group) + 32 * half);
+  if (group % 2) rest = _mm256_shuffle_epi8(rest, _mm256_broadcastsi128_si256(_mm_setr_epi32(
+                                          0x02030001, 0x06070405, 0x0a0b0809, 0x0e0f0c0d)));
+  return (Int)(((Words)rest & NOT_EXPONENT) | (in_place & (uint16_t)~NOT_EXPONENT));
+}
+
 // The kept values of 8 rows of one group of a tile, the first or the second 8.
 template <Kind kind>
-static inline void pair(const uint8_t *group, int half, Vec &v0, Vec &v1) {
-  if constexpr (kind == BF16) {
-    const Int both = load_int(group + 32 * half);
+static inline void pair(const Chunk &chunk, int g, int half, Vec &v0, Vec &v1) {
+  const uint8_t *group = group_of<kind>(chunk, g);
+  if constexpr (kind == BF16 || kind == BF12) {
+    const Int both = kind == BF16 ? load_int(group + 32 * half) : bf12_pairs(chunk, g, half);
     v0 = (Vec)(both << 16);
     v1 = (Vec)(both & (int)0xffff0000);
   } else if constexpr (kind == FP32) {
@@ -61,7 +82,6 @@ static inline void pair(const uint8_t *group, int half, Vec &v0, Vec &v1) {
 }
 
 #define MOIETY_EXPAND
-#include "scalar.h"
 #include "expand8.h"
 #include "expand.h"
 #include "body.h"

@@ -10,10 +10,11 @@
 MOIETY_TARGET("avx2,fma,f16c,popcnt,bmi,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 namespace avx512_bf16 {
 
+#include "scalar.h"
+#include "tiles.h"
 #include "wide.h"
 
 #define MOIETY_EXPAND
-#include "scalar.h"
 #include "expand.h"
 #include "body.h"
 #include "dots.h"

@@ -9,7 +9,6 @@
 #include "few.h"
 #include "dense.h"
 #endif
-#include "tiles.h"
 #include "tokens.h"
 
 static int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -21,7 +20,7 @@ static bool few_tokens(const Matrix &m, int64_t which, int64_t row, int64_t rows
     const uint8_t *tile = tile_of(m, which, row);
     const int64_t size = tile_size(m.kind, m.columns), chunks = chunks_of(m.columns);
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    FOR_KIND(m.kind, tiles_few<K>(tile, size, tiles, chunks, x, x_step, count, y, y_step));
+    FOR_TILE_KIND(m.kind, tiles_few<K>(tile, size, tiles, chunks, x, x_step, count, y, y_step));
     return true;
   }
 #if defined(MOIETY_EXPAND)
@@ -51,10 +50,9 @@ static void tiles_step(const Matrix &m, const uint8_t *tile, int64_t size, int64
   const int64_t some = shorter(chunks_of(m.columns) - chunk, STEP / CHUNK);
   const int64_t bytes = some * chunk_bytes(kind);
   for (int64_t i = 0; i < count; i++, tile += size, y += TILE_ROWS * wide) {
-    const uint8_t *scale = tile + scale_at(kind, chunk / SCALE_CHUNKS);
-    const uint8_t *at = tile + chunk_at(kind, chunk);
-    for (int64_t b = 0; b < bytes; b += 64) fetch(at + bytes + b);
-    list_tile<kind>(at, some, scale, (int)(wide * sizeof(float)), values, places);
+    const uint8_t *next = tile + chunk_at(kind, chunk) + bytes;
+    for (int64_t b = 0; b < bytes; b += 64) fetch(next + b);
+    list_tile<kind>(tile, chunk, some, (int)(wide * sizeof(float)), values, places);
     FOR_NUMBER(vectors, add_tile<N>(values, places, 2 * GROUPS * some, x, y));
   }
 }
@@ -92,7 +90,7 @@ static void tiles_span(const Matrix &m, const uint8_t *tile, int64_t rows, int64
                        int64_t end, const float *x, int64_t vectors, float *y) {
   const int64_t size = tile_size(m.kind, m.columns), count = (rows + TILE_ROWS - 1) / TILE_ROWS;
   for (; column < end; column += STEP, x += STEP * vectors * WIDTH)
-    FOR_KIND(m.kind, tiles_step<K>(m, tile, size, count, column, x, vectors, y));
+    FOR_TILE_KIND(m.kind, tiles_step<K>(m, tile, size, count, column, x, vectors, y));
 }
 
 static void rows_span(const Matrix &m, const Row *rows, const int64_t *first, int64_t *at,
@@ -192,12 +190,14 @@ static inline void store_some(float *at, Vec value, int64_t count) {
 
 // Half a chunk of a tile: 16 columns of 16 rows.
 template <Kind kind>
-static inline void dense_square(const uint8_t *group, Int control, Vec scale, float *y,
+static inline void dense_square(const Chunk &chunk, int half, Vec scale, float *y,
                                 int64_t y_step) {
   Vec square[16];
-  for (int g = 0; g < GROUPS / 2; g++, group += GROUP_BYTES[kind], control >>= 4) {
+  Int control = load_int(chunk.at) >> 16 * half;
+#pragma GCC unroll 4
+  for (int g = 0; g < GROUPS / 2; g++, control >>= 4) {
     Vec v0, v1;
-    pair<kind>(group, 0, v0, v1);
+    pair<kind>(chunk, half * GROUPS / 2 + g, 0, v0, v1);
     if (IS_INTEGER[kind]) v0 *= scale, v1 *= scale;
     const Int first = control & 3, second = control >> 2 & 3;
     for (int c = 0; c < 4; c++)
@@ -210,18 +210,16 @@ static inline void dense_square(const uint8_t *group, Int control, Vec scale, fl
 template <Kind kind>
 static void dense_chunks(const Matrix &m, const uint8_t *tile, float *y, int64_t y_step) {
   for (int64_t chunk = 0; chunk < chunks_of(m.columns); chunk++, y += CHUNK) {
-    const uint8_t *at = tile + chunk_at(kind, chunk), *group = at + CONTROL_BYTES;
+    const Chunk here = chunk_in<kind>(tile, tile + chunk_at(kind, chunk));
     const Vec scale = IS_INTEGER[kind] ? load_bf16(tile + scale_at(kind, chunk / SCALE_CHUNKS)) : Vec{};
-    const Int control = load_int(at);
-    dense_square<kind>(group, control, scale, y, y_step);
-    group += GROUPS / 2 * GROUP_BYTES[kind];
-    dense_square<kind>(group, control >> 16, scale, y + CHUNK / 2, y_step);
+    dense_square<kind>(here, 0, scale, y, y_step);
+    dense_square<kind>(here, 1, scale, y + CHUNK / 2, y_step);
   }
 }
 
 static void dense_tile(const Matrix &m, int64_t which, int64_t row, float *y, int64_t y_step) {
   const uint8_t *tile = tile_of(m, which, row);
-  FOR_KIND(m.kind, dense_chunks<K>(m, tile, y, y_step));
+  FOR_TILE_KIND(m.kind, dense_chunks<K>(m, tile, y, y_step));
 }
 
 static void turn(const float *from, int64_t from_step, int64_t rows, int64_t count, float *to,

@@ -20,6 +20,17 @@
     default: { constexpr Kind K = INT4; __VA_ARGS__; }          \
   }
 
+// Both for tiles, which have one kind more.
+#define OR_BF12(FOR, kind, ...)                                 \
+  if ((kind) == BF12) {                                         \
+    constexpr Kind K = BF12;                                    \
+    __VA_ARGS__;                                                \
+  } else {                                                      \
+    FOR(kind, __VA_ARGS__)                                      \
+  }
+#define FOR_TILE_KIND(kind, ...) OR_BF12(FOR_KIND, kind, __VA_ARGS__)
+#define FOR_BF16_TILE_KIND(kind, ...) OR_BF12(FOR_BF16_KIND, kind, __VA_ARGS__)
+
 // Runs a statement with the number N, from 1 to 8.
 #define FOR_NUMBER(number, ...)                         \
   switch (number) {                                     \

@@ -1,5 +1,6 @@
 #include "convert.h"
 #include "scratch.h"
+#include "shorten.h"
 
 #include <string.h>
 #if defined(__linux__)
@@ -82,6 +83,16 @@ bool tile_row(const Matrix &m, const Row &row, int r, uint8_t *tile) {
   return true;
 }
 
+Chunk chunk_of(int32_t kind, const uint8_t *tile, int64_t chunk) {
+  const uint8_t *at = tile + chunk_at(kind, chunk);
+  return kind == BF12 ? chunk_in<BF12>(tile, at) : chunk_in<BF16>(tile, at);
+}
+
+// What lane r keeps of a group: the first column, and above it the second.
+int nibble_of(const Chunk &chunk, int64_t group, int r) {
+  return load_u32(chunk.at + 4 * r) >> 4 * group & 15;
+}
+
 }  // namespace
 
 Status starts_of(const Matrix &from, int threads, int64_t *starts) {
@@ -120,22 +131,45 @@ static void prefer_large_pages(uint8_t *tiles, int64_t bytes) {
 #endif
 }
 
-Status tile(const Matrix &from, int threads, uint8_t *tiles) {
+// Up to 16 rows as a tile of their own kind. False where a mask is not 2:4.
+static bool tile_rows(const Matrix &from, int64_t which, int64_t first, uint8_t *to) {
+  clear(from.kind, from.columns, to);
+  bool good = true;
+  for (int r = 0; r < TILE_ROWS && first + r < from.rows; r++)
+    good = good && tile_row(from, row_of(from, which, first + r), r, to);
+  return good;
+}
+
+Status tile(const Matrix &from, int threads, const int64_t *apart, int64_t step, uint8_t *tiles) {
   if (from.columns % 4 || from.starts || 2 * from.kept != from.columns) return BAD_ARGUMENT;
-  const int64_t each = up_to(from.rows, TILE_ROWS), size = tile_size(from.kind, from.columns);
+  if (apart && from.kind != BF16) return BAD_ARGUMENT;
+  const int64_t each = up_to(from.rows, TILE_ROWS), plain = tile_size(from.kind, from.columns);
+  const int64_t size = tile_size(apart ? BF12 : from.kind, from.columns);
   Status status = OK;
-  prefer_large_pages(tiles, from.count * each * size);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < from.count * each; i++) {
-    const int64_t which = i / each, first = i % each * TILE_ROWS;
-    uint8_t *to = tiles + i * size;
-    clear(from.kind, from.columns, to);
-    bool good = true;
-    for (int r = 0; r < TILE_ROWS && first + r < from.rows; r++)
-      good = good && tile_row(from, row_of(from, which, first + r), r, to);
-    if (!good) {
+  prefer_large_pages(tiles, from.count * step);
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Scratch scratch;
+    uint8_t *wide = apart ? (uint8_t *)scratch.take(plain + 64) : nullptr;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < from.count * each; i++) {
+      const int64_t which = i / each, first = i % each * TILE_ROWS;
+      uint8_t *to = tiles + which * step + i % each * size;
+      if (apart && !wide) {
 #pragma omp atomic write
-      status = BAD_MASK;
+        status = NO_MEMORY;
+        continue;
+      }
+      if (!tile_rows(from, which, first, apart ? wide : to)) {
+#pragma omp atomic write
+        status = BAD_MASK;
+      } else if (apart) {
+        const Row row = row_of(from, which, first);
+        const uint8_t *values = row.values + 2 * row.first;
+        uint8_t *behind = tiles + which * step + each * size + apart[i] * APART_BYTES;
+        const int64_t count = from.rows - first < TILE_ROWS ? from.rows - first : TILE_ROWS;
+        shorten(values, count, from.columns, wide, behind, to);
+      }
     }
   }
   return status;
@@ -149,16 +183,22 @@ Status untile(const Matrix &from, int threads, uint8_t *values, uint8_t *mask, u
   for (int64_t i = 0; i < from.count * from.rows; i++) {
     const int64_t which = i / from.rows, row = i % from.rows;
     const int r = row % TILE_ROWS;
-    uint8_t *tile = (uint8_t *)tile_of(from, which, row);
+    const uint8_t *tile = tile_of(from, which, row);
     memset(mask + i * bytes, 0, bytes);
     for (int64_t group = 0; group < from.columns / 4; group++) {
-      uint8_t *chunk = tile + chunk_at(from.kind, group / GROUPS);
-      const int nibble = load_u32(chunk + 4 * r) >> 4 * (group % GROUPS) & 15;
+      const Chunk chunk = chunk_of(from.kind, tile, group / GROUPS);
+      const int nibble = nibble_of(chunk, group % GROUPS, r);
       const int bits = 1 << (nibble & 3) | 1 << (nibble >> 2);
       mask[i * bytes + group / 2] |= (uint8_t)(bits << 4 * (group % 2));
-      uint8_t *at = chunk + CONTROL_BYTES + group % GROUPS * GROUP_BYTES[kind];
-      for (int place = 0; place < 2; place++)
-        get({from.kind, at, r, place}, values + i * row_bytes, 2 * group + place);
+      for (int place = 0; place < 2; place++) {
+        if (kind == BF12) {
+          const uint16_t value = bf12_at(chunk, group % GROUPS, 2 * r + place);
+          memcpy(values + i * row_bytes + 2 * (2 * group + place), &value, 2);
+        } else {
+          uint8_t *at = (uint8_t *)chunk.at + CONTROL_BYTES + group % GROUPS * GROUP_BYTES[kind];
+          get({from.kind, at, r, place}, values + i * row_bytes, 2 * group + place);
+        }
+      }
     }
     for (int64_t block = 0; block < (scale ? blocks : 0); block++)
       memcpy(scale + i * blocks + block, tile + scale_at(from.kind, block) + 2 * r, 2);
@@ -183,14 +223,16 @@ void dense_tile_row(const Matrix &m, int64_t which, int64_t row, float *y) {
   const uint8_t *tile = tile_of(m, which, row);
   const int r = row % TILE_ROWS;
   for (int64_t group = 0; group < m.columns / 4; group++) {
-    const uint8_t *chunk = tile + chunk_at(m.kind, group / GROUPS);
-    const int nibble = load_u32(chunk + 4 * r) >> 4 * (group % GROUPS) & 15;
+    const Chunk chunk = chunk_of(m.kind, tile, group / GROUPS);
+    const int nibble = nibble_of(chunk, group % GROUPS, r);
     const uint8_t *scales = tile + scale_at(m.kind, group / GROUPS / SCALE_CHUNKS) + 2 * r;
     const float scale = IS_INTEGER[m.kind] ? bf16_value(load_u16(scales)) : 1.0f;
-    uint8_t *values = (uint8_t *)chunk + CONTROL_BYTES + group % GROUPS * GROUP_BYTES[m.kind];
+    uint8_t *values = (uint8_t *)chunk.at + CONTROL_BYTES + group % GROUPS * GROUP_BYTES[m.kind];
     for (int place = 0; place < 2; place++) {
       const Places from = {m.kind, values, r, place};
-      const float value = value_of(m.kind, from.at(), m.kind == INT4 ? place : 0);
+      const float value = m.kind == BF12
+                              ? bf16_value(bf12_at(chunk, group % GROUPS, 2 * r + place))
+                              : value_of(m.kind, from.at(), m.kind == INT4 ? place : 0);
       y[4 * group + (nibble >> 2 * place & 3)] = value * scale;
     }
   }

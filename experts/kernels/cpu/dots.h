@@ -3,10 +3,11 @@
 
 // The kept values of 16 rows of one group as pairs of bf16; codes up to 127 are exact in bf16.
 template <Kind kind>
-static inline __m512i bf16_pair(const uint8_t *group) {
-  if constexpr (kind == BF16) return (__m512i)load_int(group);
+static inline __m512i bf16_pair(const Chunk &chunk, int group) {
+  if constexpr (kind == BF16) return (__m512i)load_int(group_of<kind>(chunk, group));
+  if constexpr (kind == BF12) return bf12_pairs(chunk, group);
   Vec v0, v1;
-  pair<kind>(group, 0, v0, v1);
+  pair<kind>(chunk, group, 0, v0, v1);
   return _mm512_or_si512(_mm512_srli_epi32((__m512i)v0, 16), (__m512i)v1);
 }
 
@@ -14,7 +15,10 @@ static inline __m512i bf16_pair(const uint8_t *group) {
 template <Kind kind, int M>
 static void tile_dots(const uint8_t *tile, int64_t chunks, const uint16_t *x, int64_t x_step,
                       float *y, int64_t y_step) {
-  constexpr int64_t GROUP = GROUP_BYTES[kind], BYTES = CONTROL_BYTES + GROUPS * GROUP;
+  constexpr int64_t BYTES = chunk_bytes(kind);
+  constexpr int NEXT_TO = kind == BF12 ? QUARTET : 2;
+  const uint8_t *const head = tile;
+  tile += head_bytes(kind);
   // Nibble i0 | i1 << 2 -> the bytes of columns i0 and i1 among four bf16 inputs.
   const __m512i table = _mm512_setr_epi32(
       0x01000100, 0x01000302, 0x01000504, 0x01000706, 0x03020100, 0x03020302, 0x03020504,
@@ -30,20 +34,23 @@ static void tile_dots(const uint8_t *tile, int64_t chunks, const uint16_t *x, in
     for (int t = 0; t < M; t++) sum[t] = IS_INTEGER[kind] ? _mm512_setzero_ps() : total[t];
     for (int64_t one = 0; one < some; one++, tile += BYTES) {
       fetch(tile + AHEAD);
-      __m512i control = (__m512i)load_int(tile);
-      const uint8_t *group = tile + CONTROL_BYTES;
+      const Chunk here = chunk_in<kind>(head, tile);
+      __m512i control = (__m512i)load_int(here.at);
       const uint16_t *input = x + (chunk + one) * CHUNK;
-#pragma GCC unroll 2
-      for (int g = 0; g < GROUPS; g++, group += GROUP) {
-        fetch(group + AHEAD);
-        const __m512i values = bf16_pair<kind>(group);
-        const __m512i places = _mm512_permutexvar_epi32(control, table);
-        control = _mm512_srli_epi32(control, 4);
-        for (int t = 0; t < M; t++) {
-          long long four;
-          __builtin_memcpy(&four, input + t * x_step + 4 * g, 8);
-          const __m512i chosen = _mm512_shuffle_epi8(_mm512_set1_epi64(four), places);
-          sum[t] = _mm512_dpbf16_ps(sum[t], (__m512bh)chosen, (__m512bh)values);
+      for (int before = 0; before < GROUPS; before += NEXT_TO) {
+#pragma GCC unroll 4
+        for (int next = 0; next < NEXT_TO; next++) {
+          const int g = before + next;
+          fetch(group_of<kind>({tile, head}, g) + AHEAD);
+          const __m512i values = bf16_pair<kind>(here, g);
+          const __m512i places = _mm512_permutexvar_epi32(control, table);
+          control = _mm512_srli_epi32(control, 4);
+          for (int t = 0; t < M; t++) {
+            long long four;
+            __builtin_memcpy(&four, input + t * x_step + 4 * g, 8);
+            const __m512i chosen = _mm512_shuffle_epi8(_mm512_set1_epi64(four), places);
+            sum[t] = _mm512_dpbf16_ps(sum[t], (__m512bh)chosen, (__m512bh)values);
+          }
         }
       }
     }
@@ -77,6 +84,6 @@ static void dots(const Matrix &m, int64_t which, int64_t row, int64_t rows, cons
                  int64_t x_step, int64_t count, float *y, int64_t y_step) {
   for (int64_t r = 0; r < rows; r += TILE_ROWS) {
     const uint8_t *tile = tile_of(m, which, row + r);
-    FOR_BF16_KIND(m.kind, tile_all<K>(tile, chunks_of(m.columns), x, x_step, count, y + r, y_step));
+    FOR_BF16_TILE_KIND(m.kind, tile_all<K>(tile, chunks_of(m.columns), x, x_step, count, y + r, y_step));
   }
 }

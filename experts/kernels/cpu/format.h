@@ -9,7 +9,8 @@
 //          one sequential stream. A tile is a run of chunks of 32 columns; a chunk is
 //            16 x uint32   control: nibble g of lane r holds the two kept columns of group g
 //            8 x group     the kept values of the 16 rows, see GROUP_BYTES
-//          and for integers 16 bf16 scales stand before every fourth chunk.
+//          and for integers 16 bf16 scales stand before every fourth chunk. BF12 is bf16 without
+//          loss in twelve bits, for 2:4 matrices only; bf12.h says how.
 //   dense  every value, bf16 or fp32, row by row: for few tokens.
 
 #pragma once
@@ -17,7 +18,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum Kind : int32_t { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4 };
+enum Kind : int32_t { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4, BF12 = 5 };
 enum Layout : int32_t { ROWS = 0, TILES = 1, DENSE = 2 };
 enum Activation : int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
@@ -29,12 +30,14 @@ static constexpr int64_t GROUPS = 8;
 static constexpr int64_t SCALE_COLUMNS = 128;
 static constexpr int64_t SCALE_CHUNKS = SCALE_COLUMNS / CHUNK;
 static constexpr int64_t CONTROL_BYTES = 64;
+static constexpr int64_t HEAD_BYTES = 192;
 
 // Bytes of one group of a tile. bf16: 16 pairs (v0, v1). fp16, fp32, int8: 16 v0, then 16 v1.
-// int4: 16 bytes, v0 in the low half and v1 in the high one, each stored 8 higher.
-static constexpr int64_t GROUP_BYTES[5] = {64, 64, 128, 32, 16};
-static constexpr int64_t HALF_BYTES[5] = {4, 4, 8, 2, 1};  // of one value
-static constexpr bool IS_INTEGER[5] = {false, false, false, true, true};
+// int4: 16 bytes, v0 in the low half and v1 in the high one, each stored 8 higher. BF12: four groups
+// are 192 bytes.
+static constexpr int64_t GROUP_BYTES[6] = {64, 64, 128, 32, 16, 48};
+static constexpr int64_t HALF_BYTES[5] = {4, 4, 8, 2, 1};  // of one value in rows
+static constexpr bool IS_INTEGER[6] = {false, false, false, true, true, false};
 
 struct Matrix {
   const uint8_t *values;

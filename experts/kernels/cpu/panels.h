@@ -57,25 +57,25 @@ alignas(64) static constexpr Interleaved INTERLEAVED = interleaved();
 
 // A group of a tile as pairs of bf16, codes times their rows' scales.
 template <Kind kind>
-static inline __m512i weight_pair(const uint8_t *group, Vec scale) {
-  if constexpr (kind == BF16) return (__m512i)load_int(group);
+static inline __m512i weight_pair(const Chunk &chunk, int group, Vec scale) {
+  if constexpr (kind == BF16) return (__m512i)load_int(group_of<kind>(chunk, group));
+  if constexpr (kind == BF12) return bf12_pairs(chunk, group);
   Vec v0, v1;
-  pair<kind>(group, 0, v0, v1);
+  pair<kind>(chunk, group, 0, v0, v1);
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)(v1 * scale), (__m512)(v0 * scale));
   return _mm512_permutexvar_epi16(_mm512_load_si512(INTERLEAVED.of), both);
 }
 
 // One chunk of a tile as AMX wants the second factor: a row for two columns, 16 pairs in it.
 template <Kind kind>
-static inline void expand_chunk(const uint8_t *chunk, Vec scale, uint16_t *dense) {
+static inline void expand_chunk(const Chunk &chunk, Vec scale, uint16_t *dense) {
   const __m512i low = _mm512_load_si512(SPREAD_LOW.of), high = _mm512_load_si512(SPREAD_HIGH.of);
   const __m512i lanes = _mm512_broadcast_i32x4(
       _mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
-  __m512i control = (__m512i)load_int(chunk);
-  const uint8_t *group = chunk + CONTROL_BYTES;
-#pragma GCC unroll 4
-  for (int g = 0; g < GROUPS; g++, group += GROUP_BYTES[kind], dense += 64) {
-    const __m512i values = weight_pair<kind>(group, scale);
+  __m512i control = (__m512i)load_int(chunk.at);
+#pragma GCC unroll 8
+  for (int g = 0; g < GROUPS; g++, dense += 64) {
+    const __m512i values = weight_pair<kind>(chunk, g, scale);
     const __m512i here = _mm512_or_si512(_mm512_permutexvar_epi32(control, low), lanes);
     const __m512i there = _mm512_or_si512(_mm512_permutexvar_epi32(control, high), lanes);
     control = _mm512_srli_epi32(control, 4);
@@ -277,7 +277,7 @@ struct Tiles {
       for (int64_t b = 0; ahead && b < chunk_bytes(kind); b += 64) fetch(at + ahead + b);
       Vec scale = {};
       if (IS_INTEGER[kind]) scale = load_bf16(here + scale_at(kind, (chunk + c) / SCALE_CHUNKS));
-      expand_chunk<kind>(at, scale, dense + i * SQUARE);
+      expand_chunk<kind>(chunk_in<kind>(here, at), scale, dense + i * SQUARE);
     }
   }
 
@@ -313,7 +313,7 @@ static bool panels(const Matrix &m, int64_t which, int64_t row, int64_t rows, co
   const uint8_t *tile = tile_of(m, which, row);
   MEMORY_IS_USED;
   _tile_loadconfig(&shapes);
-  FOR_BF16_KIND(m.kind, panel_tiles<K>(tile, m, rows, x, width, count, y));
+  FOR_BF16_TILE_KIND(m.kind, panel_tiles<K>(tile, m, rows, x, width, count, y));
   _tile_release();
   return true;
 }

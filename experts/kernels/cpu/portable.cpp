@@ -4,9 +4,14 @@
 
 namespace portable {
 
+#include "scalar.h"
+#include "tiles.h"
+
 static constexpr int64_t WIDTH = 4;
 static constexpr int LIVE = 4, TWO_CHAINS = 2;
 static constexpr int TOGETHER = 1;
+static constexpr bool ONE_BY_ONE = false;
+#define MOIETY_IN_REGISTER(vector) (void)(vector)
 typedef float Vec __attribute__((vector_size(16)));
 typedef int Int __attribute__((vector_size(16)));
 
@@ -28,16 +33,31 @@ static inline Vec select(Vec four, Int control) {
              four[control[3] & 3]};
 }
 
-#include "scalar.h"
-
 static inline Vec load_bf16(const uint8_t *at) {
   return Vec{bf16_value(load_u16(at)), bf16_value(load_u16(at + 2)), bf16_value(load_u16(at + 4)),
              bf16_value(load_u16(at + 6))};
 }
 
+// 4 rows of a group of BF12 as pairs of bf16.
+static inline Int bf12_pairs(const Chunk &chunk, int group, int quarter) {
+  Int both;
+  for (int i = 0; i < 4; i++) {
+    const int word = 2 * (4 * quarter + i);
+    both[i] = (int)(bf12_at(chunk, group, word) | (uint32_t)bf12_at(chunk, group, word + 1) << 16);
+  }
+  return both;
+}
+
 // The kept values of 4 rows of one group of a tile.
 template <Kind kind>
-static inline void pair(const uint8_t *group, int quarter, Vec &v0, Vec &v1) {
+static inline void pair(const Chunk &chunk, int g, int quarter, Vec &v0, Vec &v1) {
+  if constexpr (kind == BF12) {
+    const Int both = bf12_pairs(chunk, g, quarter);
+    v0 = (Vec)(both << 16);
+    v1 = (Vec)(both & (int)0xffff0000);
+    return;
+  }
+  const uint8_t *group = group_of<kind>(chunk, g);
   float first[4], second[4];
   for (int i = 0; i < 4; i++) {
     const int r = 4 * quarter + i;

@@ -23,12 +23,20 @@ template <int V, int BETWEEN, class Place>
 static inline void add_listed(const float *values, const Place *places, int64_t count,
                               const float *x, float *sums) {
   // A second sum where there are registers for it: a multiply-add need not wait for the one before.
-  constexpr bool TWO = 2 * V <= LIVE;
+  // With so many of them it does not anyway, and in rows, which keep now more and now fewer values,
+  // the CPU would have to guess whether one is left of the pairs.
+  constexpr bool PAIRS = BETWEEN > 1 || V < 6, TWO = PAIRS && 2 * V <= LIVE;
   Vec sum[V], other[V] = {};
+  const auto add_one = [&](int64_t i) {
+    const Vec value = spread(values[i * BETWEEN]);
+    const float *input = at_place(x, places[i * BETWEEN]);
+#pragma GCC unroll 8
+    for (int j = 0; j < V; j++) sum[j] += value * load(input + j * WIDTH);
+  };
 #pragma GCC unroll 8
   for (int j = 0; j < V; j++) sum[j] = load(sums + j * WIDTH);
 #pragma GCC unroll 2
-  for (int64_t i = 0; i + 1 < count; i += 2) {
+  for (int64_t i = 0; PAIRS && i + 1 < count; i += 2) {
     const Vec v0 = spread(values[i * BETWEEN]), v1 = spread(values[(i + 1) * BETWEEN]);
     const float *x0 = at_place(x, places[i * BETWEEN]);
     const float *x1 = at_place(x, places[(i + 1) * BETWEEN]);
@@ -37,11 +45,11 @@ static inline void add_listed(const float *values, const Place *places, int64_t 
 #pragma GCC unroll 8
     for (int j = 0; j < V; j++) (TWO ? other : sum)[j] += v1 * load(x1 + j * WIDTH);
   }
-  if (count % 2) {
-    const Vec value = spread(values[(count - 1) * BETWEEN]);
-    const float *input = at_place(x, places[(count - 1) * BETWEEN]);
-#pragma GCC unroll 8
-    for (int j = 0; j < V; j++) sum[j] += value * load(input + j * WIDTH);
+  if constexpr (PAIRS) {
+    if (count % 2) add_one(count - 1);
+  } else {
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < count; i++) add_one(i);
   }
 #pragma GCC unroll 8
   for (int j = 0; j < V; j++) store(sums + j * WIDTH, TWO ? sum[j] + other[j] : sum[j]);
@@ -49,20 +57,21 @@ static inline void add_listed(const float *values, const Place *places, int64_t 
 
 // Lists what 16 rows keep of up to two chunks of a tile, for blocks with `wide` bytes a column.
 template <Kind kind>
-static void list_tile(const uint8_t *chunk, int64_t some, const uint8_t *scales, int wide,
+static void list_tile(const uint8_t *tile, int64_t chunk, int64_t some, int wide,
                       float (*values)[TILE_ROWS], int32_t (*places)[TILE_ROWS]) {
-  constexpr int64_t GROUP = GROUP_BYTES[kind], BYTES = CONTROL_BYTES + GROUPS * GROUP;
+  const uint8_t *scales = tile + scale_at(kind, chunk / SCALE_CHUNKS);
   for (int part = 0; part < TILE_ROWS / WIDTH; part++) {
     const int64_t lane = part * WIDTH;
     Vec scale = {};
     if (IS_INTEGER[kind]) scale = load_bf16(scales + 2 * lane);
     for (int64_t c = 0; c < some; c++) {
-      Int control = load_int(chunk + c * BYTES + 4 * lane);
-      const uint8_t *group = chunk + c * BYTES + CONTROL_BYTES;
-      for (int g = 0; g < GROUPS; g++, group += GROUP, control >>= 4) {
+      const Chunk here = chunk_in<kind>(tile, tile + chunk_at(kind, chunk + c));
+      Int control = load_int(here.at + 4 * lane);
+#pragma GCC unroll 8
+      for (int g = 0; g < GROUPS; g++, control >>= 4) {
         const int64_t at = 2 * (c * GROUPS + g);
         Vec v0, v1;
-        pair<kind>(group, part, v0, v1);
+        pair<kind>(here, g, part, v0, v1);
         if (IS_INTEGER[kind]) v0 *= scale, v1 *= scale;
         store(values[at] + lane, v0);
         store(values[at + 1] + lane, v1);

@@ -3,6 +3,7 @@
 static constexpr int64_t WIDTH = 16;
 static constexpr int LIVE = 16, TWO_CHAINS = 4, FEW_SUMS = 24;
 static constexpr int TOGETHER = 2;
+static constexpr bool ONE_BY_ONE = false;
 typedef float Vec __attribute__((vector_size(64)));
 typedef int Int __attribute__((vector_size(64)));
 
@@ -65,11 +66,26 @@ static inline void turn_square(Vec *square) {
   }
 }
 
+// A group of BF12 as pairs of bf16.
+static inline __m512i bf12_pairs(const Chunk &chunk, int group, int = 0) {
+  typedef uint16_t Words __attribute__((vector_size(64)));
+  const Words numbers = (Words)load_int(quartet_of(chunk, group)) >> 4 * (group % QUARTET);
+  // Of the numbers, five bits are looked at, the fifth of which is the next number's.
+  const __m512i exponents =
+      _mm512_permutexvar_epi16((__m512i)numbers, (__m512i)load_int(exponents_of(chunk, group)));
+  __m512i rest = (__m512i)load_int(rest_of(chunk, group));
+  if (group % 2)
+    rest = _mm512_shuffle_epi8(
+        rest, _mm512_set4_epi32(0x0e0f0c0d, 0x0a0b0809, 0x06070405, 0x02030001));
+  return _mm512_or_si512(_mm512_and_si512(rest, _mm512_set1_epi16(NOT_EXPONENT)), exponents);
+}
+
 // The kept values of the 16 rows of one group of a tile.
 template <Kind kind>
-static inline void pair(const uint8_t *group, int, Vec &v0, Vec &v1) {
-  if constexpr (kind == BF16) {
-    const Int both = load_int(group);
+static inline void pair(const Chunk &chunk, int g, int, Vec &v0, Vec &v1) {
+  const uint8_t *group = group_of<kind>(chunk, g);
+  if constexpr (kind == BF16 || kind == BF12) {
+    const Int both = kind == BF16 ? load_int(group) : (Int)bf12_pairs(chunk, g);
     v0 = (Vec)(both << 16);
     v1 = (Vec)(both & (int)0xffff0000);
   } else if constexpr (kind == FP32) {

@@ -17,7 +17,9 @@ extern "C" {
 int32_t moiety_has(int32_t isa);
 int32_t moiety_starts(const Matrix *from, int32_t threads, int64_t *starts);
 int64_t moiety_tile_bytes(int32_t kind, int64_t rows, int64_t columns);
-int32_t moiety_tile(const Matrix *from, int32_t threads, uint8_t *tiles);
+int64_t moiety_bf12_bytes(const Matrix *from, int32_t threads, int64_t *apart);
+int32_t moiety_tile(const Matrix *from, int32_t threads, const int64_t *apart, int64_t step,
+                    uint8_t *tiles);
 int32_t moiety_untile(const Matrix *from, int32_t threads, uint8_t *values, uint8_t *mask,
                       uint16_t *scale);
 int32_t moiety_dense(int32_t isa, const Matrix *from, int64_t which, int32_t threads,
@@ -85,8 +87,9 @@ static int64_t value_bytes(int32_t kind, int64_t count) {
   return count * (kind == FP32 ? 4 : kind == INT8 ? 1 : 2);
 }
 
-// Stores a random value at a place and gives what it is, before its scale.
-static double put_value(int32_t kind, uint8_t *values, int64_t at, Random &random) {
+// Stores a random value at a place and gives what it is, before its scale. Those that are `rare` have
+// exponents that no others have, or none.
+static double put_value(int32_t kind, uint8_t *values, int64_t at, bool rare, Random &random) {
   if (kind == INT4) {
     const int code = (int)random.below(15) - 7;
     values[at / 2] |= (uint8_t)((code + 8) << 4 * (at % 2));
@@ -97,7 +100,8 @@ static double put_value(int32_t kind, uint8_t *values, int64_t at, Random &rando
     values[at] = (uint8_t)code;
     return code;
   }
-  const float value = random.signed_unit();
+  float value = random.signed_unit();
+  if (kind == BF16 && rare) value = random.below(4) ? ldexpf(value, -(int)random.below(2) - 60) : 0;
   if (kind == FP32) {
     memcpy(values + 4 * at, &value, 4);
     return value;
@@ -165,7 +169,8 @@ static Packed pack(int32_t kind, int64_t count, int64_t rows, int64_t columns, i
       for (int64_t c = 0; c < columns; c++) {
         if (!keep[which * size + row * columns + c]) continue;
         mask[c / 8] |= (uint8_t)(1 << c % 8);
-        const double value = put_value(kind, values, at++, random);
+        const bool rare = which % 2 == 0 && row == 0 && c < 32;
+        const double value = put_value(kind, values, at++, rare, random);
         const float scale =
             integer ? of_bf16(p.scale[(which * rows + row) * groups + c / 128]) : 1.0f;
         p.dense[which * size + row * columns + c] = value * scale;
@@ -217,12 +222,18 @@ struct Tiled {
   int32_t status;
 };
 
-static Tiled tiled(const Packed &packed, int64_t parts = 1) {
+// bf16 in twelve bits where it can be and is not to stay plain.
+static Tiled tiled(const Packed &packed, int64_t parts = 1, bool plain = false) {
   const Matrix from = packed.matrix(parts);
-  const int64_t size = moiety_tile_bytes(from.kind, from.rows, from.columns);
+  std::vector<int64_t> apart(from.count * pieces(from.rows, 16), -1);
+  int64_t size = 0;
+  if (from.kind == BF16 && !plain) size = moiety_bf12_bytes(&from, 2, apart.data());
+  const bool shorter = size > 0;
+  if (!shorter) size = moiety_tile_bytes(from.kind, from.rows, from.columns);
   Tiled t = {Bytes(from.count * size), from, OK};
   memset(t.bytes.at(), 0xff, from.count * size);
-  t.status = moiety_tile(&from, 2, t.bytes.at());
+  t.status = moiety_tile(&from, 2, shorter ? apart.data() : nullptr, size, t.bytes.at());
+  if (shorter) t.matrix.kind = BF12;
   t.matrix.values = t.bytes.at();
   t.matrix.mask = nullptr;
   t.matrix.scale = nullptr;

@@ -211,8 +211,9 @@ void test_layouts(int32_t kind, const Sizes &sizes) {
   for (const Shape &shape : sizes.groups) {
     Random random(shape.columns);
     const Packed p = pack_groups(kind, 3, 2 * shape.rows, shape.columns, 2, 4, random);
-    for (int64_t parts : {1, 2}) {
-      const Tiled tiles = tiled(p, parts);
+    for (int way = 0; way < 4; way++) {
+      const int64_t parts = 1 + way % 2;
+      const Tiled tiles = tiled(p, parts, way > 1);
       const std::string name = name_of(p, "2:4");
       tally.expect(tiles.status == OK, name + ": not tiled");
       for (bool bf16 : {false, true}) {
@@ -306,7 +307,7 @@ void test_arguments() {
   narrow.columns = 6;
   narrow.kept = 3;
   uint8_t byte;
-  tally.expect(moiety_tile(&narrow, 1, &byte) == BAD_ARGUMENT, "6 columns were tiled");
+  tally.expect(moiety_tile(&narrow, 1, nullptr, 1, &byte) == BAD_ARGUMENT, "6 columns were tiled");
   Problem q = linear(p, "2:4", false, 2, random);
   Values out(false, 2 * p.rows, nullptr), dense(false, p.rows * p.columns, nullptr);
   for (int32_t isa = -1; isa <= 5; isa++) {
