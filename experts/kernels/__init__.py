@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moiety.experts.kernels import ops as _ops
 from moiety.experts.kernels.crossover import reads_faster
+from moiety.experts.kernels.direct import unwatched
 from moiety.experts.kernels.gpu import gpu_kernels
 from moiety.experts.kernels.layouts import dense, tiled, untiled, with_starts
 from moiety.experts.kernels.library import description
@@ -33,8 +34,6 @@ __all__ = [
     "with_starts",
 ]
 
-_registered = _ops
-
 
 def sparse_linear(input: Tensor, weights: Weights) -> Tensor:
     """`input @ weightᵀ` (..., O) for one packed matrix and an input (..., I).
@@ -42,9 +41,12 @@ def sparse_linear(input: Tensor, weights: Weights) -> Tensor:
     ValueError when the width does not fit, or when the mask and the values disagree.
     """
     _check_width("input", input, weights.columns)
-    flat_TI = input.reshape(-1, weights.columns)
-    output_TO = torch.ops.moiety.sparse_linear(flat_TI, *weights)
-    return output_TO.reshape(*input.shape[:-1], weights.rows)
+    flat_TI = input if input.dim() == 2 else input.reshape(-1, weights.columns)
+    if unwatched(flat_TI, weights.values):
+        output_TO = _ops.linear(flat_TI, weights)
+    else:
+        output_TO = torch.ops.moiety.sparse_linear(flat_TI, *weights)
+    return output_TO if input.dim() == 2 else output_TO.view(*input.shape[:-1], weights.rows)
 
 
 def dense_linear(input: Tensor, weight_OI: Tensor) -> Tensor:
@@ -58,8 +60,12 @@ def dense_linear(input: Tensor, weight_OI: Tensor) -> Tensor:
             f"{weight_OI.dtype} of shape {tuple(weight_OI.shape)}"
         )
     _check_width("input", input, weight_OI.shape[1])
-    output_TO = torch.ops.moiety.dense_linear(input.reshape(-1, weight_OI.shape[1]), weight_OI)
-    return output_TO.reshape(*input.shape[:-1], len(weight_OI))
+    flat_TI = input if input.dim() == 2 else input.reshape(-1, weight_OI.shape[1])
+    if unwatched(flat_TI, weight_OI):
+        output_TO = _ops.dense_linear(flat_TI, weight_OI)
+    else:
+        output_TO = torch.ops.moiety.dense_linear(flat_TI, weight_OI)
+    return output_TO if input.dim() == 2 else output_TO.view(*input.shape[:-1], len(weight_OI))
 
 
 def sparse_routed_linear(
@@ -78,9 +84,10 @@ def sparse_routed_linear(
     expected = (len(input_TI), weights.rows)
     if base_TO is not None and tuple(base_TO.shape) != expected:
         raise ValueError(f"expected a base of shape {expected}, but it is {tuple(base_TO.shape)}")
-    return torch.ops.moiety.sparse_routed_linear(
-        input_TI, *weights, experts_TA, weights_TA, base_TO
-    )
+    routes = (experts_TA, weights_TA, base_TO)
+    if unwatched(input_TI, weights.values, weights_TA, base_TO):
+        return _ops.routed(input_TI, weights, *routes)
+    return torch.ops.moiety.sparse_routed_linear(input_TI, *weights, *routes)
 
 
 def sparse_experts(
@@ -113,9 +120,10 @@ def sparse_experts(
     _check_routes(hidden_TD, experts_TA, weights_TA)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, but it is {activation!r}")
-    return torch.ops.moiety.sparse_experts(
-        hidden_TD, *gate_up, *down, experts_TA, weights_TA, activation
-    )
+    routes = (experts_TA, weights_TA, activation)
+    if unwatched(hidden_TD, down.values, weights_TA):
+        return _ops.experts(hidden_TD, gate_up, down, *routes)
+    return torch.ops.moiety.sparse_experts(hidden_TD, *gate_up, *down, *routes)
 
 
 def _shape(weights: Weights) -> str:

@@ -73,4 +73,4 @@ def dense(weights: Weights, which: int, dtype: torch.dtype) -> Tensor:
 
 def native(tensor: Tensor) -> Library | None:
     """The compiled CPU kernels, for a tensor they can work on."""
-    return library() if tensor.device.type == "cpu" else None
+    return library() if tensor.is_cpu else None

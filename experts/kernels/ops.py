@@ -16,6 +16,7 @@ from torch import Tensor
 from moiety.experts.kernels import layouts, reference
 from moiety.experts.kernels.crossover import better_dense, reads_faster
 from moiety.experts.kernels.gpu import gpu_kernels
+from moiety.experts.kernels.library import KERNEL_DTYPES, library
 from moiety.experts.kernels.weights import Weights, contiguous
 
 _LIBRARY = torch.library.Library("moiety", "DEF")
@@ -68,22 +69,33 @@ def _compiled(
     if kernels is None or dtype is None:
         return None
     routed = 1.0 if experts_TA is None else experts_TA.shape[1] / down.stack
-    if better_dense(input_TI, down, len(input_TI) * routed):
+    if not down.is_tiled and better_dense(input_TI, down, input_TI.shape[0] * routed):
         return None
     output_TO = kernels.forward(
-        input_TI.to(dtype).contiguous(),
+        _as(input_TI, dtype),
         contiguous(down),
         gate_up=None if gate_up is None else contiguous(gate_up),
         activation=activation,
-        experts_TA=None if experts_TA is None else experts_TA.long().contiguous(),
-        weights_TA=None if weights_TA is None else weights_TA.float().contiguous(),
-        base_TO=None if base_TO is None else base_TO.to(dtype).contiguous(),
+        experts_TA=None if experts_TA is None else _as(experts_TA, torch.int64),
+        weights_TA=None if weights_TA is None else _as(weights_TA, torch.float32),
+        base_TO=None if base_TO is None else _as(base_TO, dtype),
     )
-    return output_TO.to(input_TI.dtype)
+    return output_TO if output_TO.dtype == input_TI.dtype else output_TO.to(input_TI.dtype)
 
 
-def _linear(input_TI: Tensor, *fields) -> Tensor:
-    weights = Weights(*fields)
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous and of a dtype; asking first is cheaper than a call that changes nothing."""
+    if tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    return tensor.to(dtype).contiguous()
+
+
+def linear(input_TI: Tensor, weights: Weights) -> Tensor:
+    """What `sparse_linear` runs."""
+    if weights.mask is None and input_TI.is_cpu and input_TI.is_contiguous():
+        kernels = library()
+        if kernels is not None and input_TI.dtype in KERNEL_DTYPES:
+            return kernels.linear(input_TI, weights)
     output_TO = _compiled(input_TI, weights)
     if output_TO is not None:
         return output_TO
@@ -98,7 +110,7 @@ def _linear_backward(gradient_TO: Tensor, *fields) -> Tensor:
 _define(
     "sparse_linear",
     f"Tensor input, {_stack('weight')}) -> Tensor",
-    _linear,
+    lambda input_TI, *fields: linear(input_TI, Weights(*fields)),
     lambda input_TI, *fields: input_TI.new_empty(len(input_TI), Weights(*fields).rows),
 )
 _define(
@@ -126,7 +138,8 @@ torch.library.register_autograd(
 )
 
 
-def _dense_linear(input_TI: Tensor, weight_OI: Tensor) -> Tensor:
+def dense_linear(input_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """What `dense_linear` runs."""
     _check_dense(input_TI, weight_OI)
     kernels = layouts.native(input_TI)
     if kernels is None or not reads_faster(input_TI, weight_OI):
@@ -152,7 +165,7 @@ def _check_dense(input_TI: Tensor, weight_OI: Tensor) -> None:
 _define(
     "dense_linear",
     "Tensor input, Tensor weight) -> Tensor",
-    _dense_linear,
+    dense_linear,
     _dense_linear_fake,
 )
 
@@ -172,8 +185,14 @@ torch.library.register_autograd(
 )
 
 
-def _routed(input_TI: Tensor, *rest) -> Tensor:
-    weights, (experts_TA, weights_TA, base_TO) = Weights(*rest[:_FIELDS]), rest[_FIELDS:]
+def routed(
+    input_TI: Tensor,
+    weights: Weights,
+    experts_TA: Tensor,
+    weights_TA: Tensor,
+    base_TO: Tensor | None,
+) -> Tensor:
+    """What `sparse_routed_linear` runs."""
     routes = {"experts_TA": experts_TA, "weights_TA": weights_TA, "base_TO": base_TO}
     output_TO = _compiled(input_TI, weights, **routes)
     if output_TO is not None:
@@ -193,7 +212,7 @@ def _routed_backward(gradient_TO: Tensor, input_TI: Tensor, *rest) -> tuple[Tens
 _define(
     "sparse_routed_linear",
     f"Tensor input, {_stack('weight')}, Tensor experts, Tensor weights, Tensor? base) -> Tensor",
-    _routed,
+    lambda input_TI, *rest: routed(input_TI, Weights(*rest[:_FIELDS]), *rest[_FIELDS:]),
     lambda input_TI, *rest: input_TI.new_empty(len(input_TI), Weights(*rest[:_FIELDS]).rows),
 )
 _define(
@@ -225,9 +244,15 @@ torch.library.register_autograd(
 )
 
 
-def _experts(hidden_TD: Tensor, *rest) -> Tensor:
-    gate_up, down = Weights(*rest[:_FIELDS]), Weights(*rest[_FIELDS : 2 * _FIELDS])
-    experts_TA, weights_TA, activation = rest[2 * _FIELDS :]
+def experts(
+    hidden_TD: Tensor,
+    gate_up: Weights,
+    down: Weights,
+    experts_TA: Tensor,
+    weights_TA: Tensor,
+    activation: str,
+) -> Tensor:
+    """What `sparse_experts` runs."""
     output_TD = _compiled(hidden_TD, down, gate_up, activation, experts_TA, weights_TA)
     if output_TD is not None:
         return output_TD
@@ -255,7 +280,12 @@ _define(
     "sparse_experts",
     f"Tensor hidden, {_stack('gate_up')}, {_stack('down')}, Tensor experts, Tensor weights, "
     "str activation) -> Tensor",
-    _experts,
+    lambda hidden_TD, *rest: experts(
+        hidden_TD,
+        Weights(*rest[:_FIELDS]),
+        Weights(*rest[_FIELDS : 2 * _FIELDS]),
+        *rest[2 * _FIELDS :],
+    ),
     lambda hidden_TD, *rest: torch.empty_like(hidden_TD, memory_format=torch.contiguous_format),
 )
 _define(
