@@ -2,7 +2,7 @@
 
 One matrix (2:4, for prompts of many tokens, and of other patterns), a routed block, and a whole
 model; the tables say which targets are met, the end counts them. On a CPU with AMX everything is
-also measured without it, as on one with AVX-512 only. `--show FOLDER` judges what was measured
+also measured without it, as on one with AVX-512 only, and one matrix with AVX2 only. `--show FOLDER` judges what was measured
 before. Pruning's benchmarks run on their own: `python -m benchmarks.pruning`,
 `python -m benchmarks.prune_memory`.
 """
@@ -26,21 +26,27 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
 }
 QUICK = ("linear", "linear-4of8", "moe_block", "decode")
 WITHOUT_AMX = ("--isa", "avx512", "--onednn-isa", "AVX512_CORE_BF16")
+WITH_AVX2 = ("--isa", "avx2", "--onednn-isa", "AVX2")
 
 
-def settings() -> dict[str, tuple[str, ...]]:
-    """What to measure with, by the end of its files' names."""
-    found = library()
+def settings() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """What to measure with and which scripts, by the end of their files' names."""
+    found, everything = library(), tuple(SCRIPTS)
     if found is None or found.best != Isa.AMX:
-        return {"": ()}
-    return {"-amx": (), "-avx512": WITHOUT_AMX}
+        return {"": ((), everything)}
+    return {
+        "-amx": ((), everything),
+        "-avx512": (WITHOUT_AMX, everything),
+        "-avx2": (WITH_AVX2, ("linear",)),
+    }
 
 
 def measure(folder: Path, quick: bool) -> list[Path]:
     """Each script in a process of its own, so that none inherits another's memory."""
     paths = []
-    for ending, options in settings().items():
-        for name, (script, *rest) in SCRIPTS.items():
+    for ending, (options, names) in settings().items():
+        for name in names:
+            script, *rest = SCRIPTS[name]
             if quick and name not in QUICK:
                 continue
             paths.append(folder / f"{name}{ending}.json")
@@ -58,7 +64,7 @@ def main() -> None:
     parser.add_argument("--show", type=Path, help="the tables of a folder's JSON; measure nothing")
     arguments = parser.parse_args()
     if arguments.show:
-        paths = sorted(arguments.show.glob("*.json"))
+        paths = [path for path in sorted(arguments.show.glob("*.json")) if tables.has_table(path)]
         for path in paths:
             tables.show_file(path)
         tables.summary(paths)

@@ -18,6 +18,7 @@ from moiety.files import read_json, write_json
 
 Rows = Sequence[Mapping[str, Any]]
 ONEDNN_ISA = "ONEDNN_MAX_CPU_ISA"
+MKL_ISA = "MKL_ENABLE_INSTRUCTIONS"
 
 
 def isa() -> str:
@@ -38,7 +39,7 @@ def device() -> str:
     """What was measured on."""
     threads, theirs = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     if limit := os.environ.get(ONEDNN_ISA):
-        theirs += f", oneDNN up to {limit}"
+        theirs += f", oneDNN and MKL up to {limit}"
     ours = f"torch {torch.__version__} ({theirs}), {kernels.description()}"
     return f"{_processor()}, {threads} threads, {ours}"
 
@@ -72,6 +73,12 @@ def row(
     }
 
 
+def has_table(path: Path) -> bool:
+    """Whether a file's rows are ours against peers': other benchmarks write theirs beside them."""
+    rows = read_json(path).get("rows", [])
+    return bool(rows) and {"case", "tokens", "values", "ratio", "seconds"} <= set(rows[0])
+
+
 def show_file(path: Path) -> None:
     """The rows of a file that `write` wrote."""
     stored = read_json(path)
@@ -96,9 +103,15 @@ def show(rows: Rows, title: str, where: str | None = None) -> None:
             milliseconds = f"{row['seconds'] * 1e3:.2f}"
             start = (row["case"], str(row["tokens"]), row["values"])
             speed = row.get("gigabytes_per_second")
-            share = f"{speed['own']:.1f} of {speed['read']:.1f}" if speed else ""
-            table.add_row(*start, *cells, verdict(row), milliseconds, share)
+            table.add_row(*start, *cells, verdict(row), milliseconds, _bandwidth(speed))
         console.print(table)
+
+
+def _bandwidth(speed: Mapping[str, float] | float | None) -> str:
+    """What a product read in a second, of what reading alone does where that was measured."""
+    if isinstance(speed, Mapping):
+        return f"{speed['own']:.1f} of {speed['read']:.1f}"
+    return f"{speed:.0f}" if speed else ""
 
 
 def verdict(row: Mapping[str, Any]) -> str:
@@ -119,15 +132,17 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     made.add_argument(
         "--onednn-isa",
         metavar="ISA",
-        help="the most that torch's oneDNN may use, for instance AVX512_CORE_BF16: no AMX",
+        help="the most that torch's oneDNN may use, for instance AVX512_CORE_BF16: no AMX; "
+        "its MKL keeps to the same generation",
     )
     return made
 
 
 def applied(arguments: argparse.Namespace) -> argparse.Namespace:
-    """The same, with oneDNN (before its first product) and our kernels as they were chosen."""
+    """The same, with oneDNN, MKL (before their first product) and our kernels as they were chosen."""
     if arguments.onednn_isa:
         os.environ[ONEDNN_ISA] = arguments.onednn_isa
+        os.environ[MKL_ISA] = arguments.onednn_isa.split("_")[0]
     found = library()
     if arguments.isa and found is not None:
         chosen = Isa[arguments.isa.upper()]

@@ -1,5 +1,6 @@
 """Interleaved timing: every contender runs once a round, so that drift hits all alike."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,15 +13,19 @@ def interleaved(
 ) -> dict[str, float]:
     """Median seconds of each contender over `rounds` rounds.
 
-    With `budget`, rounds stop after so many seconds, but not before the fifth.
+    With `budget`, rounds stop after so many seconds, but not before the fifth. Each round draws its
+    order: what a contender finds in the caches depends on whom it follows.
     """
+    order, draw = list(contenders), random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     begin = time.perf_counter()
     for turn in range(warm_up + rounds):
         late = budget is not None and time.perf_counter() - begin > budget
         if late and min(map(len, seconds.values())) >= 5:
             break
-        for name, run in contenders.items():
+        draw.shuffle(order)
+        for name in order:
+            run = contenders[name]
             start = time.perf_counter()
             run()
             if turn >= warm_up:
