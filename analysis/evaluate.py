@@ -18,9 +18,8 @@ from moiety.compose.opening import open_any
 from moiety.compose.routed.modules import RoutedLinear
 from moiety.errors import InputError
 from moiety.experts import kernels
-from moiety.experts.delta import DeltaLinear
 from moiety.experts.kernels.weights import DTYPES, INTEGERS
-from moiety.experts.modules import SparseExperts, SparseLinear
+from moiety.experts.modules import PackedModule, SparseExperts, SparseLinear
 from moiety.progress import SILENT, Progress
 from moiety.routers import RoutePolicy, find_gates, forced, one_hot, random, sequence_level, uniform
 from moiety.scoring import Score, score
@@ -241,9 +240,11 @@ def model_bytes(model: nn.Module) -> dict[str, int]:
     """
     packed = dense = buffers = replaced = 0
     for module in model.modules():
-        if isinstance(module, SparseExperts | SparseLinear | RoutedLinear):
+        if isinstance(module, PackedModule):
             packed += module.stored_bytes
             buffers += module.stored_bytes - sum(held.nbytes for held in module.packed_tensors)
+            buffers += sum(buffer.nbytes for buffer in module.buffers())
+        if isinstance(module, SparseExperts | SparseLinear | RoutedLinear):
             for name in module.widths:
                 weights = module.weights(name)
                 integers = weights.kind in INTEGERS
@@ -251,10 +252,6 @@ def model_bytes(model: nn.Module) -> dict[str, int]:
                 dense += weights.stack * weights.rows * weights.columns * size
             if isinstance(module, RoutedLinear) and module.weight is not None:
                 replaced += module.weight.nbytes
-            buffers += sum(buffer.nbytes for buffer in module.buffers())
-        elif isinstance(module, DeltaLinear):
-            packed += module.packed_bytes
-            buffers += sum(buffer.nbytes for buffer in module.buffers())
     total = buffers + sum(parameter.nbytes for parameter in model.parameters())
     return {
         "dense_composite": total - packed - replaced + dense,

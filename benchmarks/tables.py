@@ -39,7 +39,9 @@ def device() -> str:
     """What was measured on."""
     threads, theirs = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     if limit := os.environ.get(ONEDNN_ISA):
-        theirs += f", oneDNN and MKL up to {limit}"
+        theirs += f", oneDNN up to {limit}"
+    if limit := os.environ.get(MKL_ISA):
+        theirs += f", MKL up to {limit}"
     ours = f"torch {torch.__version__} ({theirs}), {kernels.description()}"
     return f"{_processor()}, {threads} threads, {ours}"
 

@@ -121,7 +121,7 @@ def sparse_experts(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, but it is {activation!r}")
     routes = (experts_TA, weights_TA, activation)
-    if unwatched(hidden_TD, down.values, weights_TA):
+    if unwatched(hidden_TD, gate_up.values, down.values, weights_TA):
         return _ops.experts(hidden_TD, gate_up, down, *routes)
     return torch.ops.moiety.sparse_experts(hidden_TD, *gate_up, *down, *routes)
 

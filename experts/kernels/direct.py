@@ -35,7 +35,9 @@ _WATCHERS = _watchers()
 def unwatched(*tensors: Tensor | None) -> bool:
     """Whether nothing but an op's result is wanted: no gradient, graph, trace, mode or profile.
 
-    No where torch cannot be asked.
+    And whether the tensors have it: those that only have shapes (meta) or that stand for other
+    bytes than theirs (lazily negated ones, zeros without memory) do not. No where torch cannot be
+    asked.
     """
     if _is_compiling() or _WATCHERS is None or profiler._is_profiler_enabled:
         return False
@@ -43,7 +45,14 @@ def unwatched(*tensors: Tensor | None) -> bool:
     if dispatching() or overriding() or transforming() is not None or tracing() is not None:
         return False
     graph = _is_grad_enabled()
-    for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or (graph and tensor.requires_grad)):
-            return False
-    return True
+    return all(tensor is None or _is_plain(tensor, graph) for tensor in tensors)
+
+
+def _is_plain(tensor: Tensor, graph: bool) -> bool:
+    return (
+        type(tensor) in _PLAIN
+        and (tensor.is_cpu or tensor.is_cuda)
+        and not (graph and tensor.requires_grad)
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+    )

@@ -177,10 +177,9 @@ class Library:
     def linear(self, input_TI: Tensor, tiles: Weights) -> Tensor:
         """`x Wᵀ` (T, O) for one tiled matrix, in the input's dtype; the shortest way to it.
 
-        Tokens are contiguous and of `KERNEL_DTYPES`.
+        Tokens and tiles are contiguous, tokens of `KERNEL_DTYPES`.
         """
-        _, _, _, _, rows, columns, kind = tiles
-        values = tiles.values
+        values, _, _, _, rows, columns, kind = tiles
         stack, each = values.shape
         matrix = _as_given(values.data_ptr(), each, stack, rows, columns, kind, _TILES)
         return self._run(input_TI, matrix)

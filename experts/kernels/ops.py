@@ -92,7 +92,8 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def linear(input_TI: Tensor, weights: Weights) -> Tensor:
     """What `sparse_linear` runs."""
-    if weights.mask is None and input_TI.is_cpu and input_TI.is_contiguous():
+    tiles = weights.is_tiled and weights.values.is_contiguous()
+    if tiles and input_TI.is_cpu and input_TI.is_contiguous():
         kernels = library()
         if kernels is not None and input_TI.dtype in KERNEL_DTYPES:
             return kernels.linear(input_TI, weights)

@@ -21,9 +21,12 @@ from moiety.analysis.evaluate import (
 )
 from moiety.compose import Recipe, build, open_composite
 from moiety.errors import InputError
+from moiety.experts.delta import DeltaLinear
 from moiety.experts.modules import SparseExperts
+from moiety.experts.pattern import Pattern
 from moiety.scoring import score
 from moiety.text import read_documents, token_windows
+from tests.experts import packs
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,17 @@ def test_bytes_count_packed_experts_and_their_dense_twins(built: Path) -> None:
     assert sizes["composite"] == sum(p.nbytes for p in model.parameters())
     difference = sizes["dense_composite"] - sizes["composite"]
     assert difference == sizes["experts_dense"] - sizes["experts_packed"]
+
+
+def test_bytes_of_differences_are_those_that_are_stored() -> None:
+    _, delta = packs.packed(128, 512, "2:4", "bf16")
+    base = torch.nn.Linear(512, 128, bias=False, dtype=torch.bfloat16)
+    module = DeltaLinear(base, delta, Pattern.parse("2:4"), "bf16")
+    stored = model_bytes(module)
+    assert stored["experts_packed"] == 2 * 128 * 512 * 9 // 16
+    assert stored["composite"] == stored["experts_packed"] + base.weight.nbytes
+    module.prepare()
+    assert model_bytes(module) == stored
 
 
 def test_left_padding_does_not_change_what_is_written(world: Any) -> None:

@@ -94,7 +94,8 @@ MOIETY_API int64_t moiety_bf12_bytes(const Matrix *from, int32_t threads, int64_
   return bf12_bytes(*from, threads, apart);
 }
 
-// `apart` may be null.
+// Without `apart` as tiles of their own kind, else as moiety_bf12_bytes found them. The tiles of a
+// matrix begin `step` bytes after those before, which is at least what the one or the other size is.
 MOIETY_API int32_t moiety_tile(const Matrix *from, int32_t threads, const int64_t *apart,
                                int64_t step, uint8_t *tiles) {
   return tile(*from, threads, apart, step, tiles);

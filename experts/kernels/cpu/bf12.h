@@ -2,11 +2,11 @@
 // number of one of 16. Weights of a model have few exponents, those that pruning keeps fewer still.
 //
 // A tile begins with its exponents, once for the first four groups of every chunk and once for the
-// others: 32 words each that have them where bf16 has them, the second half as the first; then as 16
-// bytes each; then 32 bytes of nothing. Four groups are 192 bytes. Of every value, which is word
-// 2 x lane + place of its group, the first 64 bytes hold in the same word the four exponents'
-// numbers; the next 64 the rest of the first two groups and the last 64 that of the others, the
-// second of them with its bytes in the other order:
+// others: 16 words each, shifted to where bf16 has them and stored twice, because AVX-512 looks at
+// five bits of a number; then as 16 bytes each; then 32 bytes of nothing. Four groups are 192 bytes.
+// Of every value, which is word 2 x lane + place of its group, the first 64 bytes hold in the same
+// word the four exponents' numbers; the next 64 the rest of the first two groups and the last 64
+// that of the others, the second of them with its bytes in the other order:
 //
 //   bit      15     14 ... 8      7      6 ... 0
 //          sign 0   mantissa 1   sign 1   mantissa 0
@@ -17,7 +17,7 @@
 static constexpr int64_t QUARTET = 4, QUARTET_BYTES = 192;
 static constexpr uint32_t APART = 0;
 static constexpr int64_t APART_BYTES = HEAD_BYTES + CONTROL_BYTES + 2 * QUARTET_BYTES;
-static constexpr uint16_t NOT_EXPONENT = 0x807f;
+static constexpr uint16_t SIGN_AND_MANTISSA = 0x807f;
 
 static inline const uint8_t *quartet_of(const Chunk &chunk, int group) {
   return chunk.at + CONTROL_BYTES + group / QUARTET * QUARTET_BYTES;
@@ -44,5 +44,5 @@ static inline uint16_t bf12_at(const Chunk &chunk, int group, int word) {
   const uint16_t both = load_u16(rest_of(chunk, group) + 2 * word);
   const uint16_t rest = group % 2 ? swapped(both) : both;
   const int number = load_u16(quartet_of(chunk, group) + 2 * word) >> 4 * (group % QUARTET) & 15;
-  return (uint16_t)((rest & NOT_EXPONENT) | load_u16(exponents_of(chunk, group) + 2 * number));
+  return (uint16_t)((rest & SIGN_AND_MANTISSA) | load_u16(exponents_of(chunk, group) + 2 * number));
 }

@@ -3,8 +3,8 @@
 // Needs from the instruction set: Vec (WIDTH floats), Int (WIDTH dwords), load, load_int,
 // spread4 (the four inputs of a group in every 128-bit lane), select (input by control), pair
 // (the kept values of a group), TOGETHER (tiles side by side), LIVE (sums that
-// stay in registers), TWO_CHAINS (so many have a second one) and ONE_BY_ONE. Left alone, the
-// compiler picks the inputs of many sums before it adds any, and 16 registers are too few for that.
+// stay in registers), TWO_CHAINS (so many have a second one) and ONE_BY_ONE (each input is added as
+// it is picked: left alone, the compiler picks many first, for which 16 registers are too few).
 
 // Memory comes faster when it is asked for this far ahead.
 static constexpr int64_t AHEAD = 4608;

@@ -80,7 +80,8 @@ Range together(const Range *quartets) {
   return all;
 }
 
-// Exponents with numbers.
+// Which exponent a number stands for, in its place in bf16, and the number of an exponent, where they
+// are not in a row. `enough` says whether the numbers were.
 struct Numbers {
   uint16_t words[NUMBERS] = {};
   uint8_t of[LAST + 1] = {};
@@ -111,7 +112,7 @@ Numbers row_from(int from, bool zero) {
 
 // Those in a row with which the most chunks get along.
 Numbers for_most(const Rows &rows, int64_t chunks) {
-  // How many chunks more can begin here than one exponent further down, where 0 has a number and
+  // Summed up to an exponent: for how many chunks the row may begin there, where 0 has a number and
   // where it has not.
   int64_t with[LAST + 2] = {}, without[LAST + 2] = {};
   for_ranges(rows, chunks, [&](int64_t, const Range *quartets) {
@@ -174,8 +175,8 @@ void shorten_groups(const uint8_t *groups, const Number &number, uint8_t *to) {
       codes[w] |= (uint16_t)(number(exponent_of(values[j][w])) << 4 * j);
   for (int j = 0; j < QUARTET; j += 2)
     for (int w = 0; w < WORDS; w++)
-      rest[j / 2][w] = (uint16_t)((values[j][w] & NOT_EXPONENT) |
-                                  swapped(values[j + 1][w] & NOT_EXPONENT));
+      rest[j / 2][w] = (uint16_t)((values[j][w] & SIGN_AND_MANTISSA) |
+                                  swapped(values[j + 1][w] & SIGN_AND_MANTISSA));
   memcpy(to, codes, sizeof codes);
   memcpy(to + sizeof codes, rest, sizeof rest);
 }

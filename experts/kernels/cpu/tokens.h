@@ -23,33 +23,37 @@ template <int V, int BETWEEN, class Place>
 static inline void add_listed(const float *values, const Place *places, int64_t count,
                               const float *x, float *sums) {
   // A second sum where there are registers for it: a multiply-add need not wait for the one before.
-  // With so many of them it does not anyway, and in rows, which keep now more and now fewer values,
-  // the CPU would have to guess whether one is left of the pairs.
-  constexpr bool PAIRS = BETWEEN > 1 || V < 6, TWO = PAIRS && 2 * V <= LIVE;
+  constexpr bool TWO = 2 * V <= LIVE;
   Vec sum[V], other[V] = {};
-  const auto add_one = [&](int64_t i) {
+  const auto add = [&](int64_t i, Vec *to) {
     const Vec value = spread(values[i * BETWEEN]);
     const float *input = at_place(x, places[i * BETWEEN]);
 #pragma GCC unroll 8
-    for (int j = 0; j < V; j++) sum[j] += value * load(input + j * WIDTH);
+    for (int j = 0; j < V; j++) to[j] += value * load(input + j * WIDTH);
   };
 #pragma GCC unroll 8
   for (int j = 0; j < V; j++) sum[j] = load(sums + j * WIDTH);
+  if constexpr (BETWEEN > 1) {
 #pragma GCC unroll 2
-  for (int64_t i = 0; PAIRS && i + 1 < count; i += 2) {
-    const Vec v0 = spread(values[i * BETWEEN]), v1 = spread(values[(i + 1) * BETWEEN]);
-    const float *x0 = at_place(x, places[i * BETWEEN]);
-    const float *x1 = at_place(x, places[(i + 1) * BETWEEN]);
+    for (int64_t i = 0; i + 1 < count; i += 2) {
+      const Vec v0 = spread(values[i * BETWEEN]), v1 = spread(values[(i + 1) * BETWEEN]);
+      const float *x0 = at_place(x, places[i * BETWEEN]);
+      const float *x1 = at_place(x, places[(i + 1) * BETWEEN]);
 #pragma GCC unroll 8
-    for (int j = 0; j < V; j++) sum[j] += v0 * load(x0 + j * WIDTH);
+      for (int j = 0; j < V; j++) sum[j] += v0 * load(x0 + j * WIDTH);
 #pragma GCC unroll 8
-    for (int j = 0; j < V; j++) (TWO ? other : sum)[j] += v1 * load(x1 + j * WIDTH);
-  }
-  if constexpr (PAIRS) {
-    if (count % 2) add_one(count - 1);
+      for (int j = 0; j < V; j++) (TWO ? other : sum)[j] += v1 * load(x1 + j * WIDTH);
+    }
+    if (count % 2) add(count - 1, sum);
   } else {
+    // Rows keep now more and now fewer values: in pairs the CPU would have to guess when they end,
+    // and whether one is left.
 #pragma GCC unroll 1
-    for (int64_t i = 0; i < count; i++) add_one(i);
+    for (int64_t i = 0; i < count; i++) {
+      add(i, sum);
+      if (++i == count) break;
+      add(i, TWO ? other : sum);
+    }
   }
 #pragma GCC unroll 8
   for (int j = 0; j < V; j++) store(sums + j * WIDTH, TWO ? sum[j] + other[j] : sum[j]);

@@ -77,7 +77,7 @@ static inline __m512i bf12_pairs(const Chunk &chunk, int group, int = 0) {
   if (group % 2)
     rest = _mm512_shuffle_epi8(
         rest, _mm512_set4_epi32(0x0e0f0c0d, 0x0a0b0809, 0x06070405, 0x02030001));
-  return _mm512_or_si512(_mm512_and_si512(rest, _mm512_set1_epi16(NOT_EXPONENT)), exponents);
+  return _mm512_or_si512(_mm512_and_si512(rest, _mm512_set1_epi16(SIGN_AND_MANTISSA)), exponents);
 }
 
 // The kept values of the 16 rows of one group of a tile.

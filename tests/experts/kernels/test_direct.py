@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moiety.experts import kernels
 from moiety.experts.kernels.direct import unwatched
+from moiety.experts.modules import SparseLinear
+from moiety.experts.pattern import Pattern
 
 Call = Callable[[Tensor], Tensor]
 NAMES = ("sparse_linear", "dense_linear", "sparse_routed_linear", "sparse_experts")
@@ -91,3 +93,38 @@ def test_other_tensors_are_theirs_to_handle() -> None:
     assert unwatched(torch.nn.Parameter(torch.randn(2, 2), requires_grad=False), None)
     with torch.device("cpu"):
         assert not unwatched(torch.randn(2, 2))
+
+
+@pytest.mark.parametrize("values", ["bf16", "int4"])
+def test_meta_tensors_have_only_shapes(packs: Any, values: str) -> None:
+    _, packed = packs.packed(32, 64, "2:4", values)
+    for tiled in (False, True):
+        linear = SparseLinear(64, 32, Pattern.parse("2:4"), values)
+        linear.load_state_dict(packed.tensors("weight"))
+        if tiled:
+            linear.prepare()
+        output = linear.to("meta")(torch.empty(3, 64, device="meta"))
+        assert output.is_meta and output.shape == (3, 32)
+
+
+def test_tensors_that_stand_for_other_bytes(packs: Any) -> None:
+    own: Any = torch
+    torch.manual_seed(0)
+    _, values, mask, _ = packs.stacked(1, 32, 64, "2:4", "fp32")
+    weights = kernels.packed(values, mask, 64)
+    weights = kernels.tiled(weights) or weights
+    x = torch.randn(3, 64)
+    expected = kernels.sparse_linear(x, weights)
+    assert torch.equal(kernels.sparse_linear(own._neg_view(x), weights), -expected)
+    assert not kernels.sparse_linear(own._efficientzerotensor((3, 64)), weights).any()
+
+
+def test_tiles_that_are_not_contiguous_are_copied(packs: Any) -> None:
+    torch.manual_seed(0)
+    _, values, mask, _ = packs.stacked(2, 32, 64, "2:4", "bf16")
+    tiles = kernels.tiled(kernels.packed(values, mask, 64))
+    if tiles is None:
+        pytest.skip("no compiled kernels")
+    strided = tiles._replace(values=tiles.values.t().contiguous().t())
+    x = torch.randn(3, 64)
+    assert torch.equal(kernels.sparse_linear(x, strided), kernels.sparse_linear(x, tiles))
