@@ -109,16 +109,14 @@ class PackedModule(nn.Module):
     @property
     def stored_bytes(self) -> int:
         """Bytes of all packed matrices as they are stored, whatever the kernels hold them as."""
-        bytes_of = packing.packed_bytes
-        total = 0
-        for name in self.widths:
-            if name in self._tiled:
-                held = self.weights(name)
-                shape = held.rows, held.columns
-                total += held.stack * bytes_of(self.pattern, held.stored_kind, *shape)
-            else:
-                total += sum(tensor.nbytes for tensor in self.packed(name) if tensor is not None)
-        return total
+        return sum(map(self._stored_bytes_of, self.widths))
+
+    def _stored_bytes_of(self, name: str) -> int:
+        if name not in self._tiled:
+            return sum(tensor.nbytes for tensor in self.packed(name) if tensor is not None)
+        held = self.weights(name)
+        shape = held.rows, held.columns
+        return held.stack * packing.packed_bytes(self.pattern, held.stored_kind, *shape)
 
     def weights(self, name: str) -> kernels.Weights:
         """The matrices called `name` as the sparse ops take them."""

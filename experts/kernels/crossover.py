@@ -31,12 +31,13 @@ _FEW = {
 
 def better_dense(input_TI: Tensor, weights: Weights, tokens: float) -> bool:
     """Whether `tokens` tokens of each matrix are multiplied sooner by expanding it."""
+    if weights.is_tiled:
+        return False
     kernels = native(input_TI)
     return (
         kernels is not None
         and kernels.best == Isa.AMX
         and input_TI.dtype == torch.bfloat16
-        and not weights.is_tiled
         and SMALLEST <= weights.rows * weights.columns <= LARGEST
         and tokens >= DENSE_FROM
     )

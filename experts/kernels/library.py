@@ -25,7 +25,8 @@ _KIND_CODE = {kind: code for code, kind in enumerate((*DTYPES, BF12))}
 _ACTIVATION_CODE = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
 _BAD_MASK, _NO_MEMORY = 1, 2
 _ROWS, _TILES, _DENSE = 0, 1, 2
-TILE_ROWS = 16
+_TILE_ROWS = 16
+KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class Isa(IntEnum):
@@ -61,9 +62,6 @@ class _Routes(ctypes.Structure):
     _fields_ = (("experts", c_void_p), ("weights", c_void_p), ("active", c_int64))
 
 
-KERNEL_DTYPES = (torch.bfloat16, torch.float32)
-
-
 class Library:
     """The loaded library. Raises OSError when it cannot be loaded."""
 
@@ -95,7 +93,7 @@ class Library:
         matrix, _kept = self._matrix(weights)
         kind, size, apart = weights.kind, 0, None
         if kind == "bf16":
-            apart = torch.empty(weights.stack, -(-weights.rows // TILE_ROWS), dtype=torch.int64)
+            apart = torch.empty(weights.stack, -(-weights.rows // _TILE_ROWS), dtype=torch.int64)
             arguments = (byref(matrix), _threads(), apart.data_ptr())
             size = self._functions.moiety_bf12_bytes(*arguments)
         if size:
@@ -199,7 +197,7 @@ class Library:
         if (self.best if isa is None else isa) == Isa.PORTABLE:
             raise InputError("expected a CPU with AVX2 for dense products, but it has none")
         fits = input_TI.dim() == weight_OI.dim() == 2 and input_TI.shape[1] == weight_OI.shape[1]
-        if not fits or weight_OI.dtype not in (torch.bfloat16, torch.float32):
+        if not fits or weight_OI.dtype not in KERNEL_DTYPES:
             raise InputError(
                 f"expected a bf16 or fp32 matrix for tokens of shape {tuple(input_TI.shape)}, "
                 f"but it is {weight_OI.dtype} of shape {tuple(weight_OI.shape)}"

@@ -69,7 +69,7 @@ def _compiled(
     if kernels is None or dtype is None:
         return None
     routed = 1.0 if experts_TA is None else experts_TA.shape[1] / down.stack
-    if not down.is_tiled and better_dense(input_TI, down, input_TI.shape[0] * routed):
+    if better_dense(input_TI, down, input_TI.shape[0] * routed):
         return None
     output_TO = kernels.forward(
         _as(input_TI, dtype),

@@ -51,8 +51,9 @@ static inline Int bf12_pairs(const Chunk &chunk, int group, int half) {
   const Words found = (Words)_mm256_shuffle_epi8(exponents, numbers);
   const Words in_place = group % QUARTET < 2 ? found << 7 : found >> 1;
   __m256i rest = (__m256i)load_int(rest_of(chunk, group) + 32 * half);
-  if (group % 2) rest = _mm256_shuffle_epi8(rest, _mm256_broadcastsi128_si256(_mm_setr_epi32(
-                                          0x02030001, 0x06070405, 0x0a0b0809, 0x0e0f0c0d)));
+  if (group % 2)
+    rest = _mm256_shuffle_epi8(rest, _mm256_broadcastsi128_si256(_mm_setr_epi32(
+                                         0x02030001, 0x06070405, 0x0a0b0809, 0x0e0f0c0d)));
   return (Int)(((Words)rest & SIGN_AND_MANTISSA) | (in_place & (uint16_t)~SIGN_AND_MANTISSA));
 }
 

@@ -17,13 +17,12 @@
 static constexpr int64_t QUARTET = 4, QUARTET_BYTES = 192;
 static constexpr uint32_t APART = 0;
 static constexpr int64_t APART_BYTES = HEAD_BYTES + CONTROL_BYTES + 2 * QUARTET_BYTES;
+static constexpr int64_t BYTES_AT = 128;  // of the exponents, behind their words
 static constexpr uint16_t SIGN_AND_MANTISSA = 0x807f;
 
 static inline const uint8_t *quartet_of(const Chunk &chunk, int group) {
   return chunk.at + CONTROL_BYTES + group / QUARTET * QUARTET_BYTES;
 }
-
-static constexpr int64_t BYTES_AT = 128;
 
 static inline const uint8_t *exponents_of(const Chunk &chunk, int group) {
   return chunk.exponents + group / QUARTET * 64;
