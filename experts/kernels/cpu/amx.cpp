@@ -7,7 +7,7 @@
 
 #include "intrinsics.h"
 
-MOIETY_TARGET("avx2,fma,f16c,popcnt,bmi,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vbmi2,amx-tile,amx-bf16")
+MOIETY_TARGET("avx2,fma,f16c,popcnt,bmi,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vbmi2,prfchw,amx-tile,amx-bf16")
 namespace amx {
 
 #include "scalar.h"
@@ -24,8 +24,10 @@ static constexpr Kernels kernels_with_panels(int64_t few_panels, int64_t few_pai
   Kernels kernels = kernels_with(40, 24, nullptr);
   kernels.few_panels = few_panels;
   kernels.panels = panels;
+  kernels.put_panels = put_panels;
   kernels.few_pairs = few_pairs;
   kernels.pairs = pairs;
+  kernels.put_pairs = put_pairs;
   kernels.pair_up = pair_up;
   kernels.pair_sums = pair_sums;
   return kernels;

@@ -57,32 +57,49 @@ static void tiles_step(const Matrix &m, const uint8_t *tile, int64_t size, int64
   }
 }
 
-// `at` is each row's first value in these columns, and then the first one behind them.
-template <Kind kind, int V>
-static void rows_by_tokens(const Matrix &m, const Row *rows, int64_t *at, int64_t count,
-                           int64_t column, int64_t some, const float *x, float *y) {
+// What rows keep of a span of columns. `at` is each one's first value there, and then the first one
+// behind it.
+template <Kind kind>
+static void list_rows(const Matrix &m, const Row *rows, int64_t *at, int64_t count, int64_t column,
+                      int64_t end, Listed *lists) {
+  const int64_t some = (end - column + 63) / 64;
   for (int64_t r = 0; r < count; r++) {
     const Row &row = rows[r];
-    uint64_t words[MOST_WORDS];
-    int64_t kept = 0;
-    for (int64_t w = 0; w < some; w++) {
-      words[w] = bits_at(row, column + 64 * w, m.columns);
-      kept += __builtin_popcountll(words[w]);
-    }
+    uint64_t words[SPAN / 64];
+    for (int64_t w = 0; w < some; w++) words[w] = bits_at(row, column + 64 * w, m.columns);
+    list_row<kind>(row, at[r], words, some, column, lists[r]);
     const uint8_t *here = place_of<kind>(row.values, at[r]);
-    const int64_t bytes = place_of<kind>(row.values, at[r] + kept) - here;
-    for (int64_t b = 0; b < bytes; b += 64) fetch(here + bytes + b);
-    const float scale = IS_INTEGER[kind] ? bf16_value(row.scale[column / SCALE_COLUMNS]) : 1.0f;
-    row_step<kind, V>(row.values, at[r], row.total, words, some, scale, x, y + r * V * WIDTH);
-    at[r] += kept;
+    at[r] += lists[r].count;
+    const int64_t bytes = place_of<kind>(row.values, at[r]) - here;
+    if (r + 2 < count) {
+      const uint8_t *next = place_of<kind>(rows[r + 2].values, at[r + 2]);
+      for (int64_t b = 0; b < bytes; b += 64) fetch(next + b);
+    }
   }
 }
 
-// Words of a row that are multiplied at once: more where a block of tokens is narrow, so that it
-// fits the L1 cache all the same. A scale covers two.
-static int64_t words_of(const Matrix &m, int64_t vectors) {
-  const int64_t most = vectors <= 2 ? MOST_WORDS : vectors <= 4 ? 2 : 1;
-  return IS_INTEGER[m.kind] ? shorter(most, 2) : most;
+// Listed values that are multiplied at once: those of about 64 columns, of more where a block of
+// tokens is narrow, so that these columns stay in the L1 cache. As many of every row, whatever it
+// keeps there, so that the CPU need not guess when they end.
+static int64_t values_at_once(const Matrix &m, int64_t vectors) {
+  const int64_t words = vectors <= 2 ? 4 : vectors <= 4 ? 2 : 1;
+  const int64_t kept = 64 * m.total / (m.rows * m.columns);
+  return words * (kept < 4 ? 4 : (kept + 1) / 2 * 2);
+}
+
+// Adds the products of listed rows to their sums.
+template <int V>
+static void add_rows(const Listed *lists, int64_t count, int64_t at_once, const float *x, float *y) {
+  for (int64_t from = 0, left = count; left; from += at_once) {
+    left = 0;
+    for (int64_t r = 0; r < count; r++) {
+      const int64_t rest = lists[r].count - from;
+      if (rest <= 0) continue;
+      add_listed<V, 1, V * WIDTH * 4>(lists[r].values + from, lists[r].columns + from,
+                                      shorter(rest, at_once), x, y + r * V * WIDTH);
+      left += rest > at_once;
+    }
+  }
 }
 
 // A group of rows for a block of tokens over a span of columns: the sums stay in the L1 cache.
@@ -93,24 +110,13 @@ static void tiles_span(const Matrix &m, const uint8_t *tile, int64_t rows, int64
     FOR_TILE_KIND(m.kind, tiles_step<K>(m, tile, size, count, column, x, vectors, y));
 }
 
-static void rows_span(const Matrix &m, const Row *rows, const int64_t *first, int64_t *at,
-                      int64_t count, int64_t column, int64_t end, const float *x, int64_t vectors,
-                      float *y) {
-  const int64_t words = words_of(m, vectors);
-  for (int64_t r = 0; r < count; r++) at[r] = first[r];
-  for (; column < end; column += 64 * words, x += 64 * words * vectors * WIDTH) {
-    const int64_t some = shorter(words, (end - column + 63) / 64);
-    FOR_NUMBER(vectors, FOR_KIND(m.kind, rows_by_tokens<K, N>(m, rows, at, count, column, some, x,
-                                                              y)));
-  }
-}
-
 // All tokens take a span of columns before any takes the next, so that it stays in the L2 cache
 // while every group of rows passes over it.
 static bool many_tokens(const Matrix &m, int64_t which, int64_t row, int64_t rows, const float *x,
                         int64_t padded_columns, int64_t count, int64_t block, float *y) {
   Row found[BLOCK_ROWS];
-  int64_t at[BLOCK_ROWS], next[BLOCK_ROWS];
+  int64_t at[BLOCK_ROWS];
+  Listed lists[GROUP_ROWS];
   const bool tiled = m.layout == TILES;
   const int64_t room = tiled ? (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS : rows;
   for (int64_t r = 0; r < (tiled ? 0 : rows); r++) {
@@ -122,19 +128,19 @@ static bool many_tokens(const Matrix &m, int64_t which, int64_t row, int64_t row
   for (int64_t i = 0; i < room * padded_count; i++) y[i] = 0.0f;
   for (int64_t column = 0; column < m.columns; column += SPAN) {
     const int64_t end = shorter(column + SPAN, m.columns);
-    for (int64_t first = 0; first < count; first += block) {
-      const int64_t vectors = (shorter(count - first, block) + WIDTH - 1) / WIDTH;
-      const float *input = x + first * padded_columns + column * vectors * WIDTH;
-      for (int64_t r = 0; r < rows; r += GROUP_ROWS) {
-        const int64_t some = shorter(rows - r, GROUP_ROWS);
+    for (int64_t r = 0; r < rows; r += GROUP_ROWS) {
+      const int64_t some = shorter(rows - r, GROUP_ROWS);
+      if (!tiled) FOR_KIND(m.kind, list_rows<K>(m, found + r, at + r, some, column, end, lists));
+      for (int64_t first = 0; first < count; first += block) {
+        const int64_t vectors = (shorter(count - first, block) + WIDTH - 1) / WIDTH;
+        const float *input = x + first * padded_columns + column * vectors * WIDTH;
         float *to = y + first * room + r * vectors * WIDTH;
         if (tiled)
           tiles_span(m, tile_of(m, which, row + r), some, column, end, input, vectors, to);
         else
-          rows_span(m, found + r, at + r, next + r, some, column, end, input, vectors, to);
+          FOR_NUMBER(vectors, add_rows<N>(lists, some, values_at_once(m, vectors), input, to));
       }
     }
-    for (int64_t r = 0; r < (tiled ? 0 : rows); r++) at[r] = next[r];
   }
   return true;
 }
@@ -145,12 +151,6 @@ static void widen(const uint16_t *from, float *to, int64_t count) {
 
 static void narrow(const float *from, uint16_t *to, int64_t count) {
   for (int64_t i = 0; i < count; i++) to[i] = bf16_bits(from[i]);
-}
-
-static void narrow_squares(const float *from, uint16_t *to, int64_t count) {
-  int64_t r = 0;
-  for (; r + TILE_ROWS <= count; r += TILE_ROWS) narrow(from + r * PANEL, to + r, TILE_ROWS);
-  if (r < count) narrow(from + r * PANEL, to + r, count - r);
 }
 
 // One row of the rows layout, dense. False where its mask and its values disagree.
@@ -286,6 +286,5 @@ static constexpr Kernels kernels_with(int64_t few_tiles, int64_t few_rows,
   kernels.dense_tile = dense_tile;
   kernels.widen = widen;
   kernels.narrow = narrow;
-  kernels.narrow_squares = narrow_squares;
   return kernels;
 }

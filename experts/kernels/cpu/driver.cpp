@@ -13,6 +13,8 @@ namespace {
 constexpr int64_t JOB_TOKENS = 256, WAVE_TOKENS = 512;
 // From so many tokens a thread on, each takes its own.
 constexpr int64_t OWN_TOKENS = 160;
+// Most sums of JOB_TOKENS tokens that are kept until all columns were added: 1 MB of them.
+constexpr int64_t KEPT_SUMS = 1 << 18;
 
 class Forward {
  public:
@@ -173,14 +175,21 @@ class Forward {
   // caches. Rows, which take longest to expand, serve twice as many tokens.
   Status by_tokens(int64_t tokens) {
     static thread_local Scratch scratch;
+    const Matrix &m = *call_.down;
     const Mode mode = mode_of(JOB_TOKENS);
+    constexpr int64_t PIECE = PANEL_CHUNKS * CHUNK;
+    // Where the L2 cache holds all of its sums, a thread copies a piece of its tokens' columns at a
+    // time.
+    const bool in_pieces = mode == PANELS && width_ > PIECE && m.rows * JOB_TOKENS <= KEPT_SUMS;
     const int64_t most = mode == PAIRS ? 2 * JOB_TOKENS : JOB_TOKENS;
     const int64_t each = part_of(tokens, most, mode == BLOCKS ? 1 : call_.threads);
     const Job whole = {0, 0, each, mode, 0, nullptr, nullptr, 0, 0};
     // Sums that are not taken up again had better leave the caches soon.
-    const bool once = with_amx(mode) && width_ <= PANEL_CHUNKS * CHUNK;
+    const bool once = with_amx(mode) && width_ <= PIECE;
     const int64_t group = once ? most_rows(whole) / 2 : most_rows(whole);
-    const int64_t input = up_to(room(whole, k_, width_), 16), output = group * (each + DOTS_PAD);
+    const int64_t width = in_pieces ? PIECE : width_;
+    const int64_t kept = in_pieces ? up_to(m.rows, TILE_ROWS) : group;
+    const int64_t input = up_to(room(whole, k_, width), 16), output = kept * (each + DOTS_PAD);
     float *inputs = nullptr, *outputs = nullptr;
     Share *shares = nullptr;
     const bool there = lay_out(scratch, [&](Pieces &pieces) {
@@ -190,35 +199,48 @@ class Forward {
     });
     if (!there) return NO_MEMORY;
     share_out(shares, call_.threads, parts_of(tokens, each));
-    const Gather gather(call_, order_, width_);
     status_ = OK;
 #pragma omp parallel num_threads(call_.threads)
     {
-      const int64_t thread = omp_get_thread_num(), rows = call_.down->rows;
+      const int64_t thread = omp_get_thread_num();
       Job job = whole;
       job.x = inputs + thread * input;
       for (int64_t i; (i = take(shares, call_.threads, thread)) >= 0;) {
         job.first = i * each;
         job.count = least(tokens - job.first, each);
         job.block = part_of(job.count, k_.block);
-        for (int64_t g = 0; g < gather_items(job, width_); g++) gather.copy(job, g);
-        for (int64_t row = 0; row < rows; row += group)
-          results_of(job, row, least(rows - row, group), outputs + thread * output);
+        int64_t column = 0, some = 0;
+        do {
+          column += some;
+          some = least(width_ - column, width);
+          const Gather gather(call_, order_, some, column);
+          for (int64_t g = 0; g < gather_items(job, some); g++) gather.copy(job, g);
+          for (int64_t row = 0; row < m.rows; row += group) {
+            const int64_t rows = least(m.rows - row, group);
+            float *y = outputs + thread * output + (in_pieces ? row * up_to(job.count, PANEL) : 0);
+            if (!multiply(m, 0, row, rows, job, job.x, some, y, column))
+              bad_mask();
+            else if (column + some == width_)
+              put_results(job, row, rows, y);
+          }
+        } while (column + some < width_);
       }
     }
     return status_;
   }
 
+  // Of the product of columns from `column` on, where tokens are PANELS, else of all.
   bool multiply(const Matrix &m, int64_t which, int64_t row, int64_t rows, const Job &job,
-                const float *x, int64_t width, float *y) const {
+                const float *x, int64_t width, float *y, int64_t column = 0) const {
+    const int64_t count = job.count;
     if (job.mode == BLOCKS)
-      return k_.tokens(m, which, row, rows, x, width, job.count, job.block, y);
+      return k_.tokens(m, which, row, rows, x, width, count, job.block, y);
     if (job.mode == LANES)
-      return k_.lanes(m, which, row, rows, x, width, job.count, y, most_rows(job));
+      return k_.lanes(m, which, row, rows, x, width, count, y, most_rows(job));
     const uint16_t *halves = (const uint16_t *)x;
-    if (job.mode == PANELS) return k_.panels(m, which, row, rows, halves, width, job.count, y);
-    if (job.mode == PAIRS) return k_.pairs(m, which, row, rows, halves, width, job.count, y);
-    k_.dots(m, which, row, rows, halves, width, job.count, y, most_rows(job));
+    if (job.mode == PANELS) return k_.panels(m, which, row, rows, halves, column, width, count, y);
+    if (job.mode == PAIRS) return k_.pairs(m, which, row, rows, halves, width, count, y);
+    k_.dots(m, which, row, rows, halves, width, count, y, most_rows(job));
     return true;
   }
 
@@ -316,6 +338,15 @@ class Forward {
     const float *x = call_.gate_up ? job.inner : job.x;
     const int64_t width = call_.gate_up ? inner_width_ : width_;
     if (!multiply(m, job.expert, row, rows, job, x, width, y)) return bad_mask();
+    put_results(job, row, rows, y);
+  }
+
+  void put_results(const Job &job, int64_t row, int64_t rows, float *y) {
+    if (direct_ && with_amx(job.mode)) {
+      const int64_t step = call_.down->rows;
+      uint16_t *to = (uint16_t *)call_.out + job.first * step + row;
+      return (job.mode == PANELS ? k_.put_panels : k_.put_pairs)(y, rows, job.count, to, step);
+    }
     if (job.mode == BLOCKS || job.mode == PAIRS) return put_turned(job, row, rows, y);
     float apart[MOST_ROWS];
     for (int64_t t = 0; t < job.count; t++) {
@@ -325,10 +356,6 @@ class Forward {
         continue;
       }
       const float *squares = in_squares(y, up_to(rows, TILE_ROWS), t);
-      if (direct_) {
-        k_.narrow_squares(squares, (uint16_t *)call_.out + pair * call_.down->rows + row, rows);
-        continue;
-      }
       for (int64_t r = 0; r < rows; r += TILE_ROWS)
         memcpy(apart + r, squares + r * PANEL, TILE_ROWS * 4);
       put(apart, pair, row, rows);

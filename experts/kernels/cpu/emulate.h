@@ -80,11 +80,16 @@ static inline __m512i emulated_mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
   return (__m512i)to;
 }
 
+static inline __m256i emulated_mm512_cvtneps_pbh(__m512 from) {
+  return _mm512_castsi512_si256(emulated_mm512_cvtne2ps_pbh(from, from));
+}
+
 #undef _mm512_maskz_expand_epi16
 #define _mm512_maskz_expand_epi16 emulated_mm512_maskz_expand_epi16
 #undef _mm256_maskz_expand_epi8
 #define _mm256_maskz_expand_epi8 emulated_mm256_maskz_expand_epi8
 #define _mm512_cvtne2ps_pbh emulated_mm512_cvtne2ps_pbh
+#define _mm512_cvtneps_pbh emulated_mm512_cvtneps_pbh
 #undef _mm512_maskz_expand_ps
 #define _mm512_maskz_expand_ps emulated_mm512_maskz_expand_ps
 #undef _mm512_cvtepi8_epi32

@@ -18,17 +18,16 @@ static constexpr Columns all_columns() {
 
 alignas(64) static constexpr Columns COLUMNS = all_columns();
 
-// The columns whose bits are set in some words of 64, in order and times `wide`; writes up to 8 more
-// than it counts.
-template <int64_t wide>
-static inline int64_t columns_of(const uint64_t *words, int64_t some, uint16_t *columns) {
+// The columns whose bits are set in a word, in order, from `column` on; writes up to 8 more than it
+// counts.
+static inline int64_t columns_of(uint64_t word, int64_t column, uint16_t *columns) {
   int64_t count = 0;
-  for (int64_t byte = 0; byte < 8 * some; byte++) {
-    const unsigned bits = words[byte / 8] >> 8 * (byte % 8) & 255;
+#pragma GCC unroll 8
+  for (int64_t byte = 0; byte < 8; byte++) {
+    const unsigned bits = word >> 8 * byte & 255;
     const __m128i places = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)COLUMNS.of[bits]));
-    const __m128i first = _mm_set1_epi16((short)(8 * byte));
-    const __m128i found = _mm_mullo_epi16(_mm_add_epi16(places, first), _mm_set1_epi16((short)wide));
-    _mm_storeu_si128((__m128i *)(columns + count), found);
+    const __m128i first = _mm_set1_epi16((short)(column + 8 * byte));
+    _mm_storeu_si128((__m128i *)(columns + count), _mm_add_epi16(places, first));
     count += __builtin_popcount(bits);
   }
   return count;

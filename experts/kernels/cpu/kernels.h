@@ -27,10 +27,11 @@ struct Kernels {
 
   // Tiles for bf16 tokens in panels of PANEL, zeros behind them, as panels.h has them (`width` in
   // columns, padded to whole chunks). y holds for each panel PANEL x TILE_ROWS sums for every
-  // TILE_ROWS rows. Up to `few_panels` tokens, `lanes` is the faster one. Null without AMX.
+  // TILE_ROWS rows. Tokens may be columns from `column` on, a multiple of PANEL_CHUNKS chunks, whose
+  // products are added to y. Up to `few_panels` tokens, `lanes` is the faster one. Null without AMX.
   int64_t few_panels;
   bool (*panels)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
-                 int64_t width, int64_t count, float *y);
+                 int64_t column, int64_t width, int64_t count, float *y);
 
   // The same for rows, but what panels hold of a chunk is turned, two columns at a time, and so
   // are the sums. False as `lanes`, which is the faster one up to `few_pairs` tokens, but not for
@@ -38,6 +39,10 @@ struct Kernels {
   int64_t few_pairs;
   bool (*pairs)(const Matrix &, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
                 int64_t width, int64_t count, float *y);
+
+  // The sums of all tokens as bf16, each token's `step` behind the one before.
+  void (*put_panels)(const float *y, int64_t rows, int64_t count, uint16_t *to, int64_t step);
+  void (*put_pairs)(const float *y, int64_t rows, int64_t count, uint16_t *to, int64_t step);
 
   // Such a chunk of PANEL tokens (null: 0) from `column` on, `real` columns of it; and half of one
   // from the sums of TILE_ROWS rows.
@@ -64,9 +69,6 @@ struct Kernels {
   // fp32 from bf16 and the other way round.
   void (*widen)(const uint16_t *from, float *to, int64_t count);
   void (*narrow)(const float *from, uint16_t *to, int64_t count);
-
-  // One token's sums of `count` rows in `panels`' order.
-  void (*narrow_squares)(const float *from, uint16_t *to, int64_t count);
 };
 
 static constexpr int64_t DOTS_PAD = 24;

@@ -171,7 +171,8 @@ static void pairs_by_rows(const Row *found, int64_t *at, int64_t columns, int64_
       const int64_t ahead = more ? bytes_of<kind>(found[r], found[r + real - 1]) : 0;
       Strips<kind> strips = {found + r, at + r, real, columns, 0, chunks, ahead,
                              {all_inside(found + r, real)}, nullptr, nullptr, 0, 0, 0, 0, 0, 0};
-      FOR_NUMBER(panels, multiply_narrow<N, true>(strips, chunks, x, width, y + r * PANEL, y_step));
+      FOR_NUMBER(panels, multiply_narrow<N, true>(strips, true, chunks, x, width, y + r * PANEL,
+                                                  y_step));
     }
     return;
   }
@@ -187,8 +188,8 @@ static void pairs_by_rows(const Row *found, int64_t *at, int64_t columns, int64_
       for (int64_t first = 0; first < real; first += TILE_ROWS)
         strips.inside[first / TILE_ROWS] = all_inside(found + r + first,
                                                       shorter(real - first, TILE_ROWS));
-      FOR_STRIP(real, multiply_strip<N, true>(strips, chunk, some, x, width, panels, y + r * PANEL,
-                                              y_step));
+      FOR_STRIP(real, multiply_strip<N, true>(strips, chunk == 0, chunk, some, x, width, panels,
+                                              y + r * PANEL, y_step));
     }
   }
 }
@@ -212,11 +213,41 @@ static bool pairs(const Matrix &m, int64_t which, int64_t row, int64_t rows, con
 
 // CHUNK columns of PANEL tokens, `real` of the columns there are; null tokens are 0.
 static void pair_up(const uint16_t *const *tokens, int64_t column, int64_t real, uint16_t *to) {
-  Vec square[PANEL] = {};
-  for (int64_t t = 0; t < PANEL; t++)
-    if (tokens[t]) __builtin_memcpy(&square[t], tokens[t] + column, 2 * real);
-  turn_square(square);
-  for (int64_t p = 0; p < PANEL; p++) store((float *)to + PANEL * p, square[p]);
+  alignas(64) uint16_t copy[PANEL][CHUNK];
+  const uint16_t *from[PANEL];
+  for (int64_t t = 0; t < PANEL; t++) {
+    if (tokens[t] && real == CHUNK) {
+      from[t] = tokens[t] + column;
+      continue;
+    }
+    const int64_t some = tokens[t] ? real : 0;
+    for (int64_t c = 0; c < CHUNK; c++) copy[t][c] = c < some ? tokens[t][column + c] : 0;
+    from[t] = copy[t];
+  }
+  for (int64_t p = 0; p < PANEL; p += 4) {
+    Vec pairs[4];
+    turn_four([&](int t) { return from[t] + 2 * p; }, pairs);
+    for (int i = 0; i < 4; i++) store((float *)to + PANEL * (p + i), pairs[i]);
+  }
+}
+
+// Four tokens of a panel at a time, so that what is written are few streams.
+static void put_pairs(const float *y, int64_t rows, int64_t count, uint16_t *to, int64_t step) {
+  constexpr int64_t TOGETHER_TOKENS = 4, FETCHED = 4 * TILE_ROWS;
+  const int64_t padded = (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+  for (int64_t t = 0; t < count; t += TOGETHER_TOKENS, to += TOGETHER_TOKENS * step) {
+    const float *from = y + t / PANEL * PANEL * padded + t % PANEL;
+    const int64_t some = shorter(count - t, TOGETHER_TOKENS);
+    for (int64_t r = 0; r < rows; r += TILE_ROWS, from += SUMS) {
+      Vec sums[TOGETHER_TOKENS];
+      turn_four([&](int row) { return from + row * PANEL; }, sums);
+      for (int64_t i = 0; i < some; i++) {
+        uint16_t *here = to + i * step + r;
+        if (r % (2 * TILE_ROWS) == 0 && r + FETCHED < rows) fetch_to_write(here + FETCHED);
+        put_rows(sums[i], rows - r, here);
+      }
+    }
+  }
 }
 
 // Sums of 16 rows x 16 tokens as the columns of another matrix's tokens.

@@ -150,9 +150,6 @@ static inline void keep_sums(float *y, int64_t y_step) {
 }
 
 #undef MOVE_SUMS
-#undef CLEAR
-#undef TAKE
-#undef KEEP
 
 // Expands a step's part of N tiles, of which `room` chunks lie `width` apart at `dense`.
 template <int N, class Source>
@@ -181,10 +178,10 @@ static inline void panels_by_strip(Source &source, int64_t chunks, bool first, u
 
 // All panels with N tiles' chunks from a multiple of PANEL_CHUNKS on.
 template <int N, bool ROWS_FIRST, class Source>
-static void multiply_strip(Source &source, int64_t chunk, int64_t some, const uint16_t *x,
-                           int64_t width, int64_t panels, float *y, int64_t y_step) {
+static void multiply_strip(Source &source, bool first, int64_t chunk, int64_t some,
+                           const uint16_t *x, int64_t width, int64_t panels, float *y,
+                           int64_t y_step) {
   alignas(64) uint16_t dense[PANEL_CHUNKS * STRIP_TILES * SQUARE];
-  const bool first = chunk == 0;
   const int64_t x_step = shorter(width / CHUNK - chunk, PANEL_CHUNKS) * SQUARE;
   x += chunk * panels * SQUARE;
   panels_by_strip<N, 2, ROWS_FIRST, false>(source, some, first, dense, x, x_step, y, y_step);
@@ -215,25 +212,43 @@ static inline void add_narrow(const uint16_t *dense, const uint16_t *x, int64_t 
 #undef ADD_PANEL
 }
 
+// Runs MOVE(register, where its sums are) for P panels of 16 rows.
+#define MOVE_NARROW(MOVE)                       \
+  MOVE(0, y);                                   \
+  if constexpr (P > 1) MOVE(1, y + y_step);     \
+  if constexpr (P > 2) MOVE(2, y + 2 * y_step); \
+  if constexpr (P > 3) MOVE(3, y + 3 * y_step); \
+  if constexpr (P > 4) MOVE(4, y + 4 * y_step); \
+  if constexpr (P > 5) MOVE(5, y + 5 * y_step)
+
+template <int P>
+static inline void start_narrow(const float *y, int64_t y_step, bool first) {
+  if (first) {
+    MOVE_NARROW(CLEAR);
+  } else {
+    MOVE_NARROW(TAKE);
+  }
+}
+
 template <int P>
 static inline void keep_narrow(float *y, int64_t y_step) {
-  _tile_stored(0, y, 64);
-  if constexpr (P > 1) _tile_stored(1, y + y_step, 64);
-  if constexpr (P > 2) _tile_stored(2, y + 2 * y_step, 64);
-  if constexpr (P > 3) _tile_stored(3, y + 3 * y_step, 64);
-  if constexpr (P > 4) _tile_stored(4, y + 4 * y_step, 64);
-  if constexpr (P > 5) _tile_stored(5, y + 5 * y_step, 64);
+  MOVE_NARROW(KEEP);
   MEMORY_IS_USED;
 }
 
+#undef MOVE_NARROW
+#undef CLEAR
+#undef TAKE
+#undef KEEP
+
 // MOST panels, or as many as may be, with all chunks of 16 rows.
 template <int MOST, bool ROWS_FIRST, class Source>
-static void multiply_narrow(Source &source, int64_t chunks, const uint16_t *x, int64_t width,
-                            float *y, int64_t y_step) {
+static void multiply_narrow(Source &source, bool first, int64_t chunks, const uint16_t *x,
+                            int64_t width, float *y, int64_t y_step) {
   constexpr int P = MOST < NARROW_PANELS ? MOST : NARROW_PANELS;
   constexpr int64_t RING = 2 * Source::LAG;
   alignas(64) uint16_t dense[RING * SQUARE];
-  start_sums<3, 2>(y, y_step, true);
+  start_narrow<P>(y, y_step, first);
   for (int64_t c = 0; c < chunks + Source::LAG; c++) {
     expand_step<1>(source, c, dense, RING, SQUARE);
     const int64_t chunk = c - Source::LAG;
@@ -286,34 +301,60 @@ struct Tiles {
 
 template <Kind kind>
 static void panel_tiles(const uint8_t *tile, const Matrix &m, int64_t rows, const uint16_t *x,
-                        int64_t width, int64_t count, float *y) {
-  const int64_t size = tile_size(kind, m.columns), chunks = chunks_of(m.columns);
+                        int64_t column, int64_t width, int64_t count, float *y) {
+  const int64_t size = tile_size(kind, m.columns), before = column / CHUNK;
+  const int64_t chunks = chunks_of(shorter(m.columns - column, width));
   const int64_t y_step = (rows + TILE_ROWS - 1) / TILE_ROWS * SUMS;
   const int64_t panels = (count + PANEL - 1) / PANEL;
   if (panels <= NARROW_PANELS) {
     for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-      Tiles<kind> tiles = {tile + r / TILE_ROWS * size, size, 0, chunks, AHEAD};
-      FOR_NUMBER(panels, multiply_narrow<N, false>(tiles, chunks, x, width, y + r * PANEL, y_step));
+      Tiles<kind> tiles = {tile + r / TILE_ROWS * size, size, before, chunks, AHEAD};
+      FOR_NUMBER(panels, multiply_narrow<N, false>(tiles, before == 0, chunks, x, width,
+                                                   y + r * PANEL, y_step));
     }
     return;
   }
   for (int64_t chunk = 0; !chunk || chunk < chunks; chunk += PANEL_CHUNKS) {
     const int64_t some = shorter(chunks - chunk, PANEL_CHUNKS);
     for (int64_t r = 0; r < rows; r += STRIP_ROWS) {
-      Tiles<kind> tiles = {tile + r / TILE_ROWS * size, size, chunk, some, 0};
-      FOR_STRIP(rows - r, multiply_strip<N, false>(tiles, chunk, some, x, width, panels,
-                                                   y + r * PANEL, y_step));
+      Tiles<kind> tiles = {tile + r / TILE_ROWS * size, size, before + chunk, some, 0};
+      FOR_STRIP(rows - r, multiply_strip<N, false>(tiles, before + chunk == 0, chunk, some, x, width,
+                                                   panels, y + r * PANEL, y_step));
     }
   }
 }
 
 static bool panels(const Matrix &m, int64_t which, int64_t row, int64_t rows, const uint16_t *x,
-                   int64_t width, int64_t count, float *y) {
+                   int64_t column, int64_t width, int64_t count, float *y) {
   const Shapes shapes;
   const uint8_t *tile = tile_of(m, which, row);
   MEMORY_IS_USED;
   _tile_loadconfig(&shapes);
-  FOR_BF16_TILE_KIND(m.kind, panel_tiles<K>(tile, m, rows, x, width, count, y));
+  FOR_BF16_TILE_KIND(m.kind, panel_tiles<K>(tile, m, rows, x, column, width, count, y));
   _tile_release();
   return true;
+}
+
+// Results are fetched before they are written, or every line would be waited for.
+static inline void fetch_to_write(const uint16_t *at) { __builtin_prefetch(at, 1); }
+
+// Up to 16 rows' sums of one token.
+static inline void put_rows(Vec sums, int64_t rows, uint16_t *to) {
+  const __m256i halves = (__m256i)_mm512_cvtneps_pbh((__m512)sums);
+  if (rows >= TILE_ROWS)
+    _mm256_storeu_si256((__m256i *)to, halves);
+  else
+    __builtin_memcpy(to, &halves, 2 * rows);
+}
+
+static void put_panels(const float *y, int64_t rows, int64_t count, uint16_t *to, int64_t step) {
+  const int64_t padded = (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+  for (int64_t t = 0; t < count; t++, to += step) {
+    const float *from = y + t / PANEL * PANEL * padded + t % PANEL * TILE_ROWS;
+    const int64_t next = t + 1 < count ? step : 0;
+    for (int64_t r = 0; r < rows; r += TILE_ROWS, from += SUMS) {
+      if (r % (2 * TILE_ROWS) == 0) fetch_to_write(to + next + r);
+      put_rows(load(from), rows - r, to + r);
+    }
+  }
 }

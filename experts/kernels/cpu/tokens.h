@@ -3,11 +3,11 @@
 //
 // Tokens come in blocks, transposed: x[column][token]. STEP columns of one stay in the L1 cache
 // while all rows of a group pass over them. Kept values and where their columns are in the block
-// are listed first, many at once, so that all kinds of values are multiplied by the same loop.
+// are listed first, many at once, so that all kinds of values are multiplied by the same loop: of
+// tiles a step for one block, of rows, whose lists take longer to make, a span for all blocks.
 
 static constexpr int64_t STEP = 2 * CHUNK;
 static constexpr int64_t SPAN = 512;
-static constexpr int64_t MOST_WORDS = 4;
 static constexpr int64_t LISTED = 2 * GROUPS * STEP / CHUNK;  // of each row of a tile
 
 static inline const float *at_place(const float *x, int64_t bytes) {
@@ -17,9 +17,9 @@ static inline const float *at_place(const float *x, int64_t bytes) {
   return at;
 }
 
-// Adds listed values of one row, BETWEEN apart, times the tokens at their places (bytes behind `x`)
-// to its V sums.
-template <int V, int BETWEEN, class Place>
+// Adds listed values of one row, BETWEEN apart, times the tokens at their places (in units of `wide`
+// bytes behind `x`) to its V sums.
+template <int V, int BETWEEN, int64_t wide, class Place>
 static inline void add_listed(const float *values, const Place *places, int64_t count,
                               const float *x, float *sums) {
   // A second sum where there are registers for it: a multiply-add need not wait for the one before.
@@ -27,7 +27,7 @@ static inline void add_listed(const float *values, const Place *places, int64_t 
   Vec sum[V], other[V] = {};
   const auto add = [&](int64_t i, Vec *to) {
     const Vec value = spread(values[i * BETWEEN]);
-    const float *input = at_place(x, places[i * BETWEEN]);
+    const float *input = at_place(x, places[i * BETWEEN] * wide);
 #pragma GCC unroll 8
     for (int j = 0; j < V; j++) to[j] += value * load(input + j * WIDTH);
   };
@@ -37,8 +37,8 @@ static inline void add_listed(const float *values, const Place *places, int64_t 
 #pragma GCC unroll 2
     for (int64_t i = 0; i + 1 < count; i += 2) {
       const Vec v0 = spread(values[i * BETWEEN]), v1 = spread(values[(i + 1) * BETWEEN]);
-      const float *x0 = at_place(x, places[i * BETWEEN]);
-      const float *x1 = at_place(x, places[(i + 1) * BETWEEN]);
+      const float *x0 = at_place(x, places[i * BETWEEN] * wide);
+      const float *x1 = at_place(x, places[(i + 1) * BETWEEN] * wide);
 #pragma GCC unroll 8
       for (int j = 0; j < V; j++) sum[j] += v0 * load(x0 + j * WIDTH);
 #pragma GCC unroll 8
@@ -93,28 +93,45 @@ template <int V>
 static void add_tile(const float (*values)[TILE_ROWS], const int32_t (*places)[TILE_ROWS],
                      int64_t count, const float *x, float *sums) {
   for (int r = 0; r < TILE_ROWS; r++, sums += V * WIDTH)
-    add_listed<V, TILE_ROWS>(values[0] + r, places[0] + r, count, x, sums);
+    add_listed<V, TILE_ROWS, 1>(values[0] + r, places[0] + r, count, x, sums);
 }
 
-// Adds one row's product over the columns whose bits are set in some words of 64 to `sums`. The
-// first of its values there is the matrix's `first` of `total`.
-template <Kind kind, int V>
-static void row_step(const uint8_t *values, int64_t first, [[maybe_unused]] int64_t total,
-                     const uint64_t *words, int64_t some, float scale, const float *x, float *sums) {
-  constexpr int64_t WIDE = V * WIDTH * 4;
-  float kept[MOST_WORDS * 64 + 16];
-  uint16_t places[MOST_WORDS * 64 + 8];
+// So many values are listed of 64 columns whatever a row keeps of them, which is hardly ever more: the
+// CPU need not guess.
+static constexpr int64_t SURE = 48;
+
+// What a row keeps of a span of columns: values and where in the span they are.
+struct Listed {
+  int64_t count;
+  float values[SPAN + SURE];
+  uint16_t columns[SPAN + 8];
+};
+
+// Lists a row's columns whose bits are set in some words of 64 from `column` on. The first of their
+// values is the row's `first`.
+template <Kind kind>
+static void list_row(const Row &row, int64_t first, const uint64_t *words, int64_t some,
+                     int64_t column, Listed &to) {
+  to.count = 0;
+  for (int64_t w = 0; w < some; w++) {
+    const float scale =
+        IS_INTEGER[kind] ? bf16_value(row.scale[(column + 64 * w) / SCALE_COLUMNS]) : 1.0f;
 #if defined(MOIETY_EXPAND)
-  const int64_t count = columns_of<WIDE>(words, some, places);
-  for (int64_t i = 0; i < count; i += PIECE)
-    store(kept + i, piece_from<kind>(values, first + i, total) * scale);
+    const int64_t before = to.count;
+    to.count += columns_of(words[w], 64 * w, to.columns + before);
+    int64_t at = before;
+    if (first + at + SURE + REACH <= row.total) {
+#pragma GCC unroll 8
+      for (; at < before + SURE; at += PIECE)
+        store(to.values + at, values_from<kind>(row.values, first + at) * scale);
+    }
+    for (; at < to.count; at += PIECE)
+      store(to.values + at, piece_from<kind>(row.values, first + at, row.total) * scale);
 #else
-  int64_t count = 0;
-  for (int64_t w = 0; w < some; w++)
-    for (uint64_t bits = words[w]; bits; bits &= bits - 1, count++) {
-      kept[count] = value_at<kind>(values, first + count) * scale;
-      places[count] = (uint16_t)((64 * w + __builtin_ctzll(bits)) * WIDE);
+    for (uint64_t bits = words[w]; bits; bits &= bits - 1, to.count++) {
+      to.values[to.count] = value_at<kind>(row.values, first + to.count) * scale;
+      to.columns[to.count] = (uint16_t)(64 * w + __builtin_ctzll(bits));
     }
 #endif
-  add_listed<V, 1>(kept, places, count, x, sums);
+  }
 }

@@ -66,6 +66,31 @@ static inline void turn_square(Vec *square) {
   }
 }
 
+// Four columns of 16 rows in memory, row r at row(r). Quarters of rows are put together as they are
+// loaded, so that half of what turn_square moves is left.
+template <class Rows>
+static inline void turn_four(const Rows &row, Vec *to) {
+  __m512i quarters[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const auto at = [&](int quarter) {
+      return _mm_loadu_si128((const __m128i *)row(4 * quarter + i));
+    };
+    __m512i all = _mm512_castsi128_si512(at(0));
+    all = _mm512_inserti32x4(all, at(1), 1);
+    all = _mm512_inserti32x4(all, at(2), 2);
+    quarters[i] = _mm512_inserti32x4(all, at(3), 3);
+  }
+  const __m512i low = _mm512_unpacklo_epi32(quarters[0], quarters[1]);
+  const __m512i high = _mm512_unpackhi_epi32(quarters[0], quarters[1]);
+  const __m512i next_low = _mm512_unpacklo_epi32(quarters[2], quarters[3]);
+  const __m512i next_high = _mm512_unpackhi_epi32(quarters[2], quarters[3]);
+  to[0] = (Vec)_mm512_unpacklo_epi64(low, next_low);
+  to[1] = (Vec)_mm512_unpackhi_epi64(low, next_low);
+  to[2] = (Vec)_mm512_unpacklo_epi64(high, next_high);
+  to[3] = (Vec)_mm512_unpackhi_epi64(high, next_high);
+}
+
 // A group of BF12 as pairs of bf16.
 static inline __m512i bf12_pairs(const Chunk &chunk, int group, int = 0) {
   typedef uint16_t Words __attribute__((vector_size(64)));
