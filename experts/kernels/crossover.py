@@ -17,7 +17,7 @@ from moiety.experts.kernels.weights import Weights
 # a product takes no longer than the calls around it; memory for more than the last takes longer to
 # get than the product gains.
 SMALLEST, LARGEST = 1 << 18, 1 << 23
-DENSE_FROM = 2048
+DENSE_FROM = 4096
 # Elements of the smallest dense matrix that is multiplied here, and the most tokens that do it.
 # torch's bf16 is slow on AVX2; with AVX-512's bf16 products and no AMX (AMD) none were measured.
 SMALLEST_DENSE = 1 << 20

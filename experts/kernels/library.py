@@ -26,6 +26,8 @@ _ACTIVATION_CODE = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
 _BAD_MASK, _NO_MEMORY = 1, 2
 _ROWS, _TILES, _DENSE = 0, 1, 2
 _TILE_ROWS = 16
+# Elements of a matrix whose memory, where it is not there yet, takes as long to get as to fill.
+_LARGE = 1 << 21
 KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -85,6 +87,8 @@ class Library:
             c_int32,
             c_void_p,
         ]
+        self._functions.moiety_large_pages.argtypes = [c_void_p, c_int64]
+        self._functions.moiety_large_pages.restype = None
         self.supported = tuple(isa for isa in Isa if self._functions.moiety_has(isa))
         self.best = Isa(self._functions.moiety_best())
 
@@ -129,12 +133,19 @@ class Library:
 
     def expand(self, weights: Weights, which: int, dtype: torch.dtype) -> Tensor:
         """One dense matrix (O, I) in bf16 or fp32; ValueError where mask and values disagree."""
-        dense_OI = torch.empty(weights.rows, weights.columns, dtype=dtype)
+        dense_OI = self.empty(weights.rows, weights.columns, dtype)
         matrix, _kept = self._matrix(weights)
         bf16 = dtype == torch.bfloat16
         arguments = (self.best, byref(matrix), which, _threads(), bf16, dense_OI.data_ptr())
         _check(self._functions.moiety_dense(*arguments))
         return dense_OI
+
+    def empty(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """A matrix on the CPU that is still to be filled, in large pages where it is large."""
+        matrix = _empty(rows, columns, dtype=dtype, device=_CPU)
+        if rows * columns >= _LARGE:
+            self._functions.moiety_large_pages(matrix.data_ptr(), matrix.nbytes)
+        return matrix
 
     def forward(
         self,
@@ -224,7 +235,7 @@ class Library:
         elif isa not in self.supported:
             raise InputError(f"expected a CPU with {isa.name}, but it has {self.best.name} at best")
         count, width = input_TI.shape
-        output_TO = input_TI.new_empty(count, matrix.rows)
+        output_TO = self.empty(count, matrix.rows, input_TI.dtype)
         tokens = _Tokens(input_TI.data_ptr(), count, width, input_TI.dtype == _BF16)
         status = self._forward(
             isa,
@@ -308,7 +319,8 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 # At hand, because torch's namespace is large and a call between others finds it out of the caches.
-_threads, _BF16 = torch.get_num_threads, torch.bfloat16
+_threads, _empty = torch.get_num_threads, torch.empty
+_BF16, _CPU = torch.bfloat16, torch.device("cpu")
 
 
 def _check(status: int) -> None:

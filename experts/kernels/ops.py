@@ -100,7 +100,11 @@ def linear(input_TI: Tensor, weights: Weights) -> Tensor:
     output_TO = _compiled(input_TI, weights)
     if output_TO is not None:
         return output_TO
-    return reference.sparse_linear(input_TI, layouts.dense(weights, 0, input_TI.dtype))
+    weight_OI, kernels = layouts.dense(weights, 0, input_TI.dtype), layouts.native(input_TI)
+    if kernels is None:
+        return reference.sparse_linear(input_TI, weight_OI)
+    output_TO = kernels.empty(len(input_TI), weights.rows, input_TI.dtype)
+    return torch.mm(input_TI, weight_OI.mT, out=output_TO)
 
 
 def _linear_backward(gradient_TO: Tensor, *fields) -> Tensor:

@@ -1,10 +1,13 @@
 // The library's plain C interface, called through ctypes. Every function that can fail gives a
 // Status; shapes and dtypes were checked by the caller, masks are checked here.
 
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__linux__)
+#include <sys/mman.h>
+#if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 #include "convert.h"
@@ -111,6 +114,17 @@ MOIETY_API int32_t moiety_dense(int32_t isa, const Matrix *from, int64_t which, 
   const Kernels *kernels = kernels_of(isa);
   if (!kernels || threads < 1) return BAD_ARGUMENT;
   return expand(*kernels, *from, which, threads, bf16, dense);
+}
+
+// Memory that is not there yet comes in pages of 2 MB where the system has them: taking it 4 KB at a
+// time lasts as long as a product whose results it is for.
+MOIETY_API void moiety_large_pages([[maybe_unused]] void *from, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t PAGE = 2 << 20;
+  const uintptr_t first = ((uintptr_t)from + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t end = ((uintptr_t)from + bytes) / PAGE * PAGE;
+  if (first < end) madvise((void *)first, end - first, MADV_HUGEPAGE);
+#endif
 }
 
 // `gate_up`, `routes` and `base` may be null; see Call. With AVX kernels `down` may be one

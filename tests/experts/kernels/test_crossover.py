@@ -19,8 +19,8 @@ class Amx:
 @pytest.mark.parametrize(
     ("isa", "layout", "dtype", "tokens", "expected"),
     [
-        (Isa.AMX, "rows", torch.bfloat16, 2048, True),
-        (Isa.AMX, "rows", torch.bfloat16, 2047, False),
+        (Isa.AMX, "rows", torch.bfloat16, 4096, True),
+        (Isa.AMX, "rows", torch.bfloat16, 4095, False),
         (Isa.AMX, "tiled", torch.bfloat16, 8192, False),
         (Isa.AMX, "rows", torch.float32, 8192, False),
         (Isa.AVX512, "rows", torch.bfloat16, 8192, False),
