@@ -1,10 +1,10 @@
 """`python -m benchmarks [--quick] [--json FOLDER]`: the sparse kernels against their peers.
 
-One matrix (2:4, for prompts of many tokens, and of other patterns), a routed block, and a whole
-model; the tables say which targets are met, the end counts them. On a CPU with AMX everything is
-also measured without it, as on one with AVX-512 only, and one matrix with AVX2 only. `--show FOLDER` judges what was measured
-before. Pruning's benchmarks run on their own: `python -m benchmarks.pruning`,
-`python -m benchmarks.prune_memory`.
+One matrix (2:4 and other patterns, for few tokens and for prompts of many), a routed block, and a
+whole model; the tables say which targets are met, the end counts them. On a CPU with AMX everything
+is also measured without it, as on one with AVX-512 only, and one matrix with AVX2 only. `--show
+FOLDER` judges what was measured before. Pruning's benchmarks run on their own: `python -m
+benchmarks.pruning`, `python -m benchmarks.prune_memory`.
 """
 
 import argparse
@@ -16,11 +16,15 @@ from pathlib import Path
 from benchmarks import tables
 from moiety.experts.kernels.library import Isa, library
 
+FOUR_OF_EIGHT, HALF = ("linear", "--pattern", "4:8"), ("linear", "--pattern", "0.5")
+MANY = ("--tokens", "512,2048,8192", "--shapes", "4096x1024", "1024x4096")
 SCRIPTS: dict[str, tuple[str, ...]] = {
     "linear": ("linear",),
-    "linear-many": ("linear", "--tokens", "512,2048,8192", "--shapes", "4096x1024", "1024x4096"),
-    "linear-4of8": ("linear", "--pattern", "4:8", "--shapes", "4096x4096"),
-    "linear-half": ("linear", "--pattern", "0.5", "--shapes", "4096x4096"),
+    "linear-many": ("linear", *MANY),
+    "linear-4of8": (*FOUR_OF_EIGHT, "--shapes", "4096x4096"),
+    "linear-4of8-many": (*FOUR_OF_EIGHT, *MANY),
+    "linear-half": (*HALF, "--shapes", "4096x4096"),
+    "linear-half-many": (*HALF, *MANY),
     "moe_block": ("moe_block",),
     "decode": ("decode",),
 }

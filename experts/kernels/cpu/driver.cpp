@@ -10,9 +10,11 @@
 
 namespace {
 
-constexpr int64_t JOB_TOKENS = 256, WAVE_TOKENS = 512;
+// Tokens of a job and of all that go on at a time, and of a job of one matrix in tiles and in rows
+// with AMX: the longer a matrix takes to expand, the more tokens that serves.
+constexpr int64_t JOB_TOKENS = 256, WAVE_TOKENS = 512, PANELS_TOKENS = 320, PAIRS_TOKENS = 512;
 // From so many tokens a thread on, each takes its own.
-constexpr int64_t OWN_TOKENS = 160;
+constexpr int64_t OWN_TOKENS = 160, OWN_PAIRS = 256;
 // Most sums of JOB_TOKENS tokens that are kept until all columns were added: 1 MB of them.
 constexpr int64_t KEPT_SUMS = 1 << 18;
 
@@ -85,8 +87,11 @@ class Forward {
   Status waves(int64_t experts) {
     int64_t count = 0, tokens = 0;
     for (int64_t e = 0, at = 0; e < experts; e++) {
-      const int64_t all = ends_[e] - at, each = part_of(all, JOB_TOKENS);
+      const int64_t all = ends_[e] - at;
       const Mode mode = mode_of(least(all, JOB_TOKENS));
+      const bool alone = direct_ && with_amx(mode);
+      const int64_t most = mode == PANELS ? PANELS_TOKENS : PAIRS_TOKENS;
+      const int64_t each = part_of(all, alone ? most : JOB_TOKENS);
       while (at < ends_[e]) {
         const int64_t some = least(ends_[e] - at, each);
         if (tokens + some > WAVE_TOKENS) {
@@ -118,7 +123,9 @@ class Forward {
 
   Status wave(int64_t count) {
     static thread_local Scratch scratch;
-    const int64_t results = MOST_ROWS * (JOB_TOKENS + DOTS_PAD);
+    int64_t most = 0;
+    for (int64_t j = 0; j < count; j++) most = jobs_[j].count < most ? most : jobs_[j].count;
+    const int64_t results = MOST_ROWS * (most + DOTS_PAD);
     float *gates = nullptr, *ups = nullptr;
     Share *shares = nullptr;
     const bool there = lay_out(scratch, [&](Pieces &pieces) {
@@ -166,9 +173,10 @@ class Forward {
   // Blocks are cut as in waves, whatever the threads, since their sums' order depends on their size.
   bool takes_own(int64_t tokens) const {
     if (!direct_ || call_.gate_up || !call_.down->count) return false;
+    const Mode mode = mode_of(JOB_TOKENS);
     const int64_t blocks = parts_of(tokens, part_of(tokens, JOB_TOKENS));
-    const bool even = mode_of(JOB_TOKENS) != BLOCKS || blocks % call_.threads == 0;
-    return even && tokens >= OWN_TOKENS * call_.threads;
+    const bool even = mode != BLOCKS || blocks % call_.threads == 0;
+    return even && tokens >= (mode == PAIRS ? OWN_PAIRS : OWN_TOKENS) * call_.threads;
   }
 
   // Each thread takes some tokens and the whole matrix, so that what it copies stays in its own
@@ -181,7 +189,7 @@ class Forward {
     // Where the L2 cache holds all of its sums, a thread copies a piece of its tokens' columns at a
     // time.
     const bool in_pieces = mode == PANELS && width_ > PIECE && m.rows * JOB_TOKENS <= KEPT_SUMS;
-    const int64_t most = mode == PAIRS ? 2 * JOB_TOKENS : JOB_TOKENS;
+    const int64_t most = mode == PAIRS ? PAIRS_TOKENS : JOB_TOKENS;
     const int64_t each = part_of(tokens, most, mode == BLOCKS ? 1 : call_.threads);
     const Job whole = {0, 0, each, mode, 0, nullptr, nullptr, 0, 0};
     // Sums that are not taken up again had better leave the caches soon.
