@@ -235,7 +235,11 @@ class Library:
         elif isa not in self.supported:
             raise InputError(f"expected a CPU with {isa.name}, but it has {self.best.name} at best")
         count, width = input_TI.shape
-        output_TO = self.empty(count, matrix.rows, input_TI.dtype)
+        rows = matrix.rows
+        if count * rows < _LARGE:
+            output_TO = input_TI.new_empty(count, rows)
+        else:
+            output_TO = self.empty(count, rows, input_TI.dtype)
         tokens = _Tokens(input_TI.data_ptr(), count, width, input_TI.dtype == _BF16)
         status = self._forward(
             isa,
