@@ -19,6 +19,12 @@ from moiety.files import read_json, write_json
 Rows = Sequence[Mapping[str, Any]]
 ONEDNN_ISA = "ONEDNN_MAX_CPU_ISA"
 MKL_ISA = "MKL_ENABLE_INSTRUCTIONS"
+# What MKL calls oneDNN's instruction sets with bf16 products: attention in bf16 goes through them.
+MKL_NAMES = {
+    "AVX512_CORE_BF16": "AVX512_E3",
+    "AVX512_CORE_FP16": "AVX512_E3",
+    "AVX512_CORE_AMX": "AVX512_E4",
+}
 
 
 def isa() -> str:
@@ -144,7 +150,8 @@ def applied(arguments: argparse.Namespace) -> argparse.Namespace:
     """The same, with oneDNN, MKL (before their first product) and our kernels as they were chosen."""
     if arguments.onednn_isa:
         os.environ[ONEDNN_ISA] = arguments.onednn_isa
-        os.environ[MKL_ISA] = arguments.onednn_isa.split("_")[0]
+        theirs = arguments.onednn_isa
+        os.environ[MKL_ISA] = MKL_NAMES.get(theirs, theirs.split("_")[0])
     found = library()
     if arguments.isa and found is not None:
         chosen = Isa[arguments.isa.upper()]
