@@ -150,8 +150,8 @@ def applied(arguments: argparse.Namespace) -> argparse.Namespace:
     """The same, with oneDNN, MKL (before their first product) and our kernels as they were chosen."""
     if arguments.onednn_isa:
         os.environ[ONEDNN_ISA] = arguments.onednn_isa
-        theirs = arguments.onednn_isa
-        os.environ[MKL_ISA] = MKL_NAMES.get(theirs, theirs.split("_")[0])
+        theirs: str = arguments.onednn_isa
+        os.environ[MKL_ISA] = MKL_NAMES.get(theirs) or theirs.split("_")[0]
     found = library()
     if arguments.isa and found is not None:
         chosen = Isa[arguments.isa.upper()]

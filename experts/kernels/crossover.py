@@ -13,11 +13,12 @@ from moiety.experts.kernels.layouts import native
 from moiety.experts.kernels.library import Isa
 from moiety.experts.kernels.weights import Weights
 
-# Elements of a matrix in rows that is expanded, and the fewest tokens that it is for. Below the first
-# a product takes no longer than the calls around it; memory for more than the last takes longer to
-# get than the product gains.
+# Elements of a matrix in rows that is expanded. Below the first a product takes no longer than the
+# calls around it; memory for more than the last takes longer to get than the product gains.
 SMALLEST, LARGEST = 1 << 18, 1 << 23
-DENSE_FROM = 4096
+# The fewest tokens that it is for: fewer where rows are short, since results then take much of a
+# product's time here.
+DENSE_FROM, SHORT_FROM, SHORT = 4096, 2048, 1024
 # Elements of the smallest dense matrix that is multiplied here, and the most tokens that do it.
 # torch's bf16 is slow on AVX2; with AVX-512's bf16 products and no AMX (AMD) none were measured.
 SMALLEST_DENSE = 1 << 20
@@ -39,7 +40,7 @@ def better_dense(input_TI: Tensor, weights: Weights, tokens: float) -> bool:
         and kernels.best == Isa.AMX
         and input_TI.dtype == torch.bfloat16
         and SMALLEST <= weights.rows * weights.columns <= LARGEST
-        and tokens >= DENSE_FROM
+        and tokens >= (SHORT_FROM if weights.columns <= SHORT else DENSE_FROM)
     )
 
 

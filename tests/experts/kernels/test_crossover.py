@@ -19,8 +19,8 @@ class Amx:
 @pytest.mark.parametrize(
     ("isa", "layout", "dtype", "tokens", "expected"),
     [
-        (Isa.AMX, "rows", torch.bfloat16, 4096, True),
-        (Isa.AMX, "rows", torch.bfloat16, 4095, False),
+        (Isa.AMX, "rows", torch.bfloat16, 2048, True),
+        (Isa.AMX, "rows", torch.bfloat16, 2047, False),
         (Isa.AMX, "tiled", torch.bfloat16, 8192, False),
         (Isa.AMX, "rows", torch.float32, 8192, False),
         (Isa.AVX512, "rows", torch.bfloat16, 8192, False),
@@ -39,11 +39,14 @@ def test_dense_products_take_over_where_they_are_faster(
     )
     large = large if layout == "rows" else large._replace(mask=None)
     small, huge = large._replace(rows=16), large._replace(rows=1 << 15)
+    wide = large._replace(columns=2048)
     found = Amx()
     found.best = isa
     monkeypatch.setattr(crossover, "native", lambda _: found)
     input_TI = torch.empty(1, 512, dtype=dtype)
     assert crossover.better_dense(input_TI, large, tokens) == expected
+    assert crossover.better_dense(input_TI, wide, 2 * tokens) == expected
+    assert not crossover.better_dense(input_TI, wide, tokens // 2)
     assert not crossover.better_dense(input_TI, small, tokens)
     assert not crossover.better_dense(input_TI, huge, tokens)
 
