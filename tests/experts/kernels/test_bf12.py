@@ -13,7 +13,7 @@ from moiety.experts.kernels import Weights, reference
 from moiety.experts.kernels.library import Isa, library
 from moiety.experts.kernels.weights import BF12
 
-pytestmark = pytest.mark.skipif(library() is None, reason="no compiled kernels")
+pytestmark = pytest.mark.usefixtures("compiled")
 SUPPORTED = [isa for isa in Isa if (found := library()) is not None and isa in found.supported]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moiety.experts import kernels
-from moiety.experts.kernels import crossover, layouts, library, ops
+from moiety.experts.kernels import crossover, layouts, ops
 from moiety.experts.kernels.library import Isa
 
 
@@ -51,7 +51,7 @@ def test_dense_products_take_over_where_they_are_faster(
     assert not crossover.better_dense(input_TI, huge, tokens)
 
 
-@pytest.mark.skipif(library.library() is None, reason="no compiled kernels")
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("layout", ["rows", "tiled"])
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 def test_expanded_matrices_give_what_the_kernels_give(
