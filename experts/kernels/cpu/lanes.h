@@ -66,15 +66,18 @@ static void tile_lanes(const uint8_t *tile, int64_t size, int64_t chunks, const 
   const int64_t next_size = copied ? copied->size : size;
   tile += head_bytes(kind);
   Vec total[R][M][VECTORS] = {};
-  if (copied && copied->more) {
+  // Runs do(sum, where it is in y) for all of them.
+  const auto each_total = [&](auto &&run) __attribute__((always_inline)) {
 #pragma GCC unroll 2
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
       for (int t = 0; t < M; t++)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++)
-          total[r][t][v] = load(y + r * TILE_ROWS + t * y_step + v * WIDTH);
-  }
+          run(total[r][t][v], y + r * TILE_ROWS + t * y_step + v * WIDTH);
+  };
+  if (copied && copied->more)
+    each_total([](Vec &sum, const float *at) __attribute__((always_inline)) { sum = load(at); });
   for (int64_t chunk = 0; chunk < chunks; chunk += SCALE_CHUNKS) {
     const uint8_t *scale = tile;
     if (IS_INTEGER[kind]) tile += 2 * TILE_ROWS;
@@ -149,13 +152,7 @@ static void tile_lanes(const uint8_t *tile, int64_t size, int64_t chunks, const 
     }
     tile += some * BYTES;
   }
-#pragma GCC unroll 2
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int t = 0; t < M; t++)
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++)
-        store(y + r * TILE_ROWS + t * y_step + v * WIDTH, total[r][t][v]);
+  each_total([](Vec sum, float *at) __attribute__((always_inline)) { store(at, sum); });
 }
 
 // M tokens with all tiles.
